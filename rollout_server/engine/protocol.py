@@ -1,0 +1,113 @@
+"""What the rest of the server may ask of an engine, and the records that travel.
+
+``router/``, ``api/`` and ``weights/`` know engines only through ``EngineHandle``; ``engine/pool.py``
+implements it over Ray, ``tests/fakes/engine.py`` in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from shared.schemas.engines import EngineStatus
+from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
+from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
+from shared.schemas.weights import EngineCommitTimings, WeightManifest
+from shared.types import EngineState, FinishReason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRequest:
+    """One prompt, ``n`` samples. ``request_id`` is unique among live requests of the server."""
+
+    request_id: str
+    prompt_token_ids: list[int]  # [num_prompt_tokens]
+    n: int
+    sampling: SamplingOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedSample:
+    """One finished completion."""
+
+    sample_index: int
+    token_ids: list[int]  # [num_completion_tokens]
+    logprobs: list[float]  # [num_completion_tokens]
+    text: str
+    finish_reason: FinishReason
+    weight_versions: list[WeightVersionSpan]
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateResult:
+    """The samples of one prompt, in order of ``sample_index``."""
+
+    engine_id: str
+    samples: list[GeneratedSample]  # [n]
+    generate_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateDelta:
+    """What a streamed sample gained since the last delta; the last one has a ``finish_reason``."""
+
+    engine_id: str
+    sample_index: int
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: FinishReason | None
+    weight_versions: list[WeightVersionSpan] | None
+
+
+class EngineHandle(Protocol):
+    """One engine, wherever it runs. Every call has a timeout and raises ``EngineError`` or
+    ``EngineDeadError``; nothing else escapes."""
+
+    @property
+    def engine_id(self) -> str: ...
+
+    @property
+    def state(self) -> EngineState: ...
+
+    @property
+    def committed_version(self) -> int:
+        """Target version as of the last commit this handle saw."""
+        ...
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult: ...
+
+    def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]: ...
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its ``generate`` returns what there is with ``finish_reason: abort``."""
+        ...
+
+    async def status(self) -> EngineStatus: ...
+
+    async def speculation(self, since_step: int) -> EngineSpeculation: ...
+
+    async def set_speculation(self, patch: SpeculationPatch) -> None: ...
+
+    async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
+        """Map and check a verified file against the model. Seconds.
+
+        Raises:
+            WeightVerificationError: names, shapes or dtypes do not fit the model.
+        """
+        ...
+
+    async def commit(self, version: int) -> EngineCommitTimings:
+        """Pause, load, requantize, set both versions, resume.
+
+        Raises:
+            WeightCommitError: the engine is poisoned; its state is DEAD.
+        """
+        ...
+
+    async def discard(self, version: int) -> None:
+        """Forget a staged version."""
+        ...

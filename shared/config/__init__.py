@@ -1,0 +1,1 @@
+"""Settings: one pydantic model per concern, composed in ``run.py``, loaded in ``loading.py``."""

@@ -1,0 +1,9 @@
+"""What every settings model has in common."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class SettingsModel(BaseModel):
+    """Frozen, strict about names: a misspelt key is an error before anything starts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)

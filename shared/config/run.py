@@ -1,0 +1,61 @@
+"""The whole configuration of a deployment, as one file."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from shared.config.base import SettingsModel
+from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
+from shared.config.server import RayConfig, ScoringConfig, ServerConfig, WeightsConfig
+from shared.config.speculation import SpeculationConfig
+from shared.config.trainer import TrainerConfig
+from shared.types import SpeculationMode
+
+
+class DemoModelConfig(SettingsModel):
+    """Creates ``model.path`` with ``slipstream make-model`` when the directory does not exist."""
+
+    preset: str = "tiny-arithmetic"
+    warm_start_steps: int = Field(default=400, ge=0)
+    seed: int = 0
+
+
+class RunConfig(SettingsModel):
+    """Everything ``slipstream serve | train | run`` needs."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    output_dir: str = "runs"
+    seed: int = 0
+    log_level: str = Field(default="INFO", pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")
+    model: ModelConfig
+    demo_model: DemoModelConfig | None = None
+    engine: EngineConfig = EngineConfig()
+    drafter: DrafterConfig = DrafterConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    server: ServerConfig = ServerConfig()
+    ray: RayConfig = RayConfig()
+    weights: WeightsConfig = WeightsConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def speculation_needs_a_drafter(self) -> Self:
+        if not self.drafter.enabled and self.speculation.mode is not SpeculationMode.OFF:
+            raise ValueError(
+                f"speculation.mode {self.speculation.mode.value} needs drafter.enabled true "
+                "(or set speculation.mode off)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def completion_fits_the_context(self) -> Self:
+        limit = self.model.max_model_len
+        wanted = self.trainer.sampling.max_tokens
+        if limit is not None and wanted >= limit:
+            raise ValueError(
+                f"trainer.sampling.max_tokens {wanted} leaves no room for a prompt in "
+                f"model.max_model_len {limit}"
+            )
+        return self

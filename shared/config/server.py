@@ -1,0 +1,70 @@
+"""The HTTP service, the weight path, scoring and the Ray cluster underneath."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from shared.config.base import SettingsModel
+from shared.types import PauseMode, TransportKind
+
+
+class LimitsConfig(SettingsModel):
+    """Upper limits on what a request may ask for; above them the answer is a 4xx."""
+
+    max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
+    max_prompts_per_request: int = Field(default=4096, ge=1)
+    max_n: int = Field(default=256, ge=1)
+    max_tokens: int = Field(default=131072, ge=1)
+    max_pending_samples: int = Field(default=16384, ge=1)
+    """Samples accepted and not delivered; above it new requests answer 429."""
+
+
+class ServerConfig(SettingsModel):
+    """Where the API listens and how it behaves."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    """0 picks a free port."""
+    limits: LimitsConfig = LimitsConfig()
+    result_ttl_s: float = Field(default=600.0, gt=0)
+    """How long a finished request's result can be fetched again."""
+    result_store_mib: int = Field(default=512, ge=1)
+    """Upper limit of memory for kept results; the oldest go first."""
+    shutdown_timeout_s: float = Field(default=30.0, gt=0)
+    status_poll_s: float = Field(default=0.5, gt=0)
+    """How often engine load is read for routing and metrics."""
+
+
+class RayConfig(SettingsModel):
+    """The Ray cluster that hosts engines and trainer."""
+
+    address: str | None = None
+    """Cluster to join (``auto``, ``host:port``, ``ray://...``); absent starts a local one."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Logical CPUs of a local cluster; the machine's when absent."""
+    object_store_mib: int = Field(default=256, ge=80)
+    """Object store of a local cluster."""
+
+
+class WeightsConfig(SettingsModel):
+    """How pushes travel and what running sequences see of them."""
+
+    transport: TransportKind = TransportKind.SHARED_MEMORY
+    shared_memory_dir: str = "/dev/shm"
+    pause_mode: PauseMode = PauseMode.KEEP
+    stage_timeout_s: float = Field(default=60.0, gt=0)
+    pause_timeout_s: float = Field(default=60.0, gt=0)
+    commit_timeout_s: float = Field(default=60.0, gt=0)
+    lock_timeout_s: float = Field(default=120.0, gt=0)
+    """How long a second push waits for the first."""
+    history_size: int = Field(default=100, ge=1)
+
+
+class ScoringConfig(SettingsModel):
+    """The reward workers."""
+
+    num_workers: int = Field(default=1, ge=1)
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Per sample; a worker that takes longer is killed and replaced."""
+    rewards: dict[str, str] = Field(default_factory=dict)
+    """User rewards: name -> ``module:function``."""

@@ -1,0 +1,49 @@
+"""When engines draft, and how much."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from shared.config.base import SettingsModel
+from shared.types import SpeculationMode
+
+
+class SpeculationConfig(SettingsModel):
+    """The speculation policy engines start with; ``PATCH /v1/speculation`` changes it live."""
+
+    mode: SpeculationMode = SpeculationMode.KV_GATE
+    num_speculative_tokens: int = Field(default=4, ge=1, le=16)
+    """Draft length per cycle while speculation is on."""
+    max_num_speculative_tokens: int | None = Field(default=None, ge=1, le=16)
+    """Upper limit for live changes (KV slots are reserved for it); defaults to the above."""
+    kv_cache_threshold: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Speculate only while KV-cache occupancy (fraction of blocks) is below this."""
+    kv_cache_hysteresis: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Once closed, the gate opens again below ``threshold - hysteresis``."""
+    min_dwell_steps: int = Field(default=8, ge=0)
+    """Engine steps the gate stays closed at least, once it has closed."""
+    history_size: int = Field(default=4096, ge=16)
+    """Decisions an engine remembers for ``GET /v1/speculation``."""
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        limit = self.max_num_speculative_tokens
+        if limit is not None and self.num_speculative_tokens > limit:
+            raise ValueError(
+                f"speculation.num_speculative_tokens {self.num_speculative_tokens} is above "
+                f"speculation.max_num_speculative_tokens {limit}"
+            )
+        if self.kv_cache_hysteresis > self.kv_cache_threshold:
+            raise ValueError(
+                f"speculation.kv_cache_hysteresis {self.kv_cache_hysteresis} is above "
+                f"speculation.kv_cache_threshold {self.kv_cache_threshold}: the gate could never "
+                "open again"
+            )
+        return self
+
+    @property
+    def reserved_speculative_tokens(self) -> int:
+        """Draft length the engines reserve KV slots for."""
+        return self.max_num_speculative_tokens or self.num_speculative_tokens

@@ -1,0 +1,106 @@
+"""The trainer: optimizer, objective, loop and task."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shared.config.base import SettingsModel
+from shared.schemas.base import JsonObject
+
+
+class ObjectiveConfig(SettingsModel):
+    """GRPO (arXiv 2402.03300) with a clipped ratio."""
+
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    clip_high: float = Field(default=0.2, gt=0.0)
+    """Above ``clip_low`` this is DAPO's clip-higher."""
+    normalize_by_std: bool = True
+    """Divide group-centred rewards by the group's standard deviation (GRPO); False is Dr. GRPO."""
+    importance_cap: float = Field(default=2.0, gt=0.0)
+    """Truncation of the importance ratio policy/behaviour (truncated importance sampling)."""
+
+
+class OptimizerConfig(SettingsModel):
+    """AdamW."""
+
+    learning_rate: float = Field(default=1e-6, gt=0.0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    epochs_per_batch: int = Field(default=1, ge=1)
+    """Optimizer passes over each batch of rollouts."""
+    minibatches_per_epoch: int = Field(default=1, ge=1)
+    micro_batch_tokens: int = Field(default=16384, ge=256)
+    """Padded tokens per forward/backward pass."""
+
+
+class SamplingConfig(SettingsModel):
+    """How rollouts are sampled."""
+
+    temperature: float = Field(default=1.0, gt=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    max_tokens: int = Field(default=256, ge=1)
+    eval_temperature: float = Field(default=0.0, ge=0.0)
+
+
+class ArithmeticTaskConfig(SettingsModel):
+    """Generated arithmetic with worked answers; train and held-out problems never overlap."""
+
+    kind: Literal["arithmetic"] = "arithmetic"
+    seed: int = 1234
+    num_terms: tuple[int, int] = (2, 4)
+    """Smallest and largest number of terms; more terms mean longer answers (a long tail)."""
+    max_operand: int = Field(default=99, ge=2)
+    held_out_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+
+
+class JsonlTaskConfig(SettingsModel):
+    """Prompts with answers from JSONL files: ``{"prompt" | "messages", "answer"}`` per line."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    train_path: str
+    held_out_path: str | None = None
+    held_out_fraction: float = Field(default=0.05, gt=0.0, lt=1.0)
+    """Used when ``held_out_path`` is absent."""
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    seed: int = 0
+
+
+TaskConfig = Annotated[ArithmeticTaskConfig | JsonlTaskConfig, Field(discriminator="kind")]
+
+
+class RewardConfig(SettingsModel):
+    """Which reward the server applies."""
+
+    name: str = "numeric_answer"
+    params: JsonObject = Field(default_factory=dict)
+
+
+class TrainerConfig(SettingsModel):
+    """The training loop."""
+
+    server_url: str | None = None
+    """Rollout server; filled in by ``slipstream run``."""
+    api_timeout_s: float = Field(default=1800.0, gt=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_threads: int = Field(default=0, ge=0)
+    """Torch threads of the trainer; 0 leaves torch's default."""
+    num_steps: int = Field(default=20, ge=0)
+    prompts_per_step: int = Field(default=32, ge=1)
+    group_size: int = Field(default=8, ge=2)
+    max_policy_lag: int = Field(default=1, ge=0)
+    eval_every: int = Field(default=5, ge=0)
+    """Steps between held-out evaluations; 0 evaluates only at start and end."""
+    eval_prompts: int = Field(default=128, ge=1)
+    checkpoint_every: int = Field(default=10, ge=0)
+    """Steps between checkpoints; 0 writes only the last one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    task: TaskConfig = ArithmeticTaskConfig()
+    reward: RewardConfig = RewardConfig()

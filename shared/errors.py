@@ -1,0 +1,138 @@
+"""The one error tree. Each class names the boundary that was crossed.
+
+::
+
+    SlipstreamError
+    ├── ConfigurationError          before anything starts; exit code 2
+    ├── RequestError                the caller's fault: 4xx, never retried
+    │   ├── InvalidRequestError     400  a value is wrong
+    │   ├── UnknownResourceError    404  an id that does not exist
+    │   ├── ConflictError           409  version or idempotency conflict
+    │   └── TooLargeError           413  over a configured limit of size
+    ├── UnavailableError            503  nothing can serve it now; retry after ``retry_after_s``
+    │   └── OverloadedError         429  the queue is full
+    ├── EngineError                 500  an engine failed
+    │   └── EngineDeadError         503  the engine is gone
+    ├── WeightTransferError         a push could not be staged or committed
+    │   ├── WeightVerificationError 422  digest, shape, dtype, name or finiteness is wrong
+    │   └── WeightCommitError       500  an engine failed inside the commit window
+    └── ScoringError                500  the scoring pool itself failed
+
+Instances survive pickling (Ray carries them between processes): ``__reduce__`` rebuilds them from
+their fields. The HTTP edge maps them once, in ``rollout_server/api/errors.py``.
+"""
+
+from __future__ import annotations
+
+
+class SlipstreamError(Exception):
+    """Base of every error of ours.
+
+    Args:
+        message: what is wrong, with the value, the limit and the knob to turn.
+        param: the request field or configuration key at fault.
+    """
+
+    status: int = 500
+    code: str = "internal_error"
+    retry_after_s: float | None = None
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def __reduce__(self) -> tuple[type[SlipstreamError], tuple[str, str | None]]:
+        return type(self), (self.message, self.param)
+
+
+class ConfigurationError(SlipstreamError):
+    """A setting is unknown, of the wrong type or impossible. Raised before anything starts."""
+
+    code = "configuration_error"
+
+
+class RequestError(SlipstreamError):
+    """The caller's request cannot be served as it is. Do not retry it unchanged."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class InvalidRequestError(RequestError):
+    """A field of the request has a wrong value."""
+
+
+class UnknownResourceError(RequestError):
+    """The id in the path does not exist."""
+
+    status = 404
+    code = "not_found"
+
+
+class ConflictError(RequestError):
+    """The request contradicts state: another body under the same id, or a wrong base version."""
+
+    status = 409
+    code = "conflict"
+
+
+class TooLargeError(RequestError):
+    """The request is larger than a configured limit."""
+
+    status = 413
+    code = "too_large"
+
+
+class UnavailableError(SlipstreamError):
+    """Nothing can serve the request now. Retry after ``retry_after_s``."""
+
+    status = 503
+    code = "unavailable"
+    retry_after_s = 1.0
+
+
+class OverloadedError(UnavailableError):
+    """The bounded queue is full. Retry after ``retry_after_s``."""
+
+    status = 429
+    code = "overloaded"
+
+
+class EngineError(SlipstreamError):
+    """An engine failed on a request."""
+
+    code = "engine_error"
+
+
+class EngineDeadError(EngineError):
+    """The engine that held the request is gone. The router tries another one."""
+
+    status = 503
+    code = "engine_dead"
+    retry_after_s = 1.0
+
+
+class WeightTransferError(SlipstreamError):
+    """A weight push could not be staged or committed; the old version keeps serving."""
+
+    code = "weight_transfer_error"
+
+
+class WeightVerificationError(WeightTransferError):
+    """The pushed bytes are not what the manifest says, or not what the model needs."""
+
+    status = 422
+    code = "weight_verification_failed"
+
+
+class WeightCommitError(WeightTransferError):
+    """An engine failed inside the commit window and was taken out."""
+
+    code = "weight_commit_failed"
+
+
+class ScoringError(SlipstreamError):
+    """The scoring pool failed (a failing reward function is data, not this)."""
+
+    code = "scoring_error"

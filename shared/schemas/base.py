@@ -1,0 +1,28 @@
+"""What every wire body has in common."""
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+
+class WireModel(BaseModel):
+    """A request or response body: unknown fields are an error, so that typos never pass."""
+
+    model_config = ConfigDict(extra="forbid", use_enum_values=False, ser_json_inf_nan="null")
+
+
+class ErrorBody(WireModel):
+    """``error`` of an error answer."""
+
+    code: str
+    type: str
+    message: str
+    param: str | None = None
+
+
+class ErrorResponse(WireModel):
+    """Every answer with a status of 400 or above."""
+
+    error: ErrorBody
+
+
+JsonObject = dict[str, JsonValue]
+"""A JSON object whose shape is the caller's own business (metadata, reward parameters)."""

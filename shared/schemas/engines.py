@@ -1,0 +1,49 @@
+"""``/v1/engines``: the rollout workers and their load."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from shared.schemas.base import WireModel
+from shared.types import DrafterScheme, EngineState
+
+
+class EngineStatus(WireModel):
+    """One engine as the server sees it."""
+
+    engine_id: str
+    state: EngineState
+    error: str | None = None
+    """Why the engine is dead, if it is."""
+    pid: int | None
+    cpu_cores: str | None
+    """Cores the engine is bound to (CPU engines), in vLLM's notation."""
+    target_version: int
+    drafter_version: int
+    drafter_scheme: DrafterScheme
+    num_running_reqs: int
+    num_waiting_reqs: int
+    kv_cache_usage: float
+    num_kv_blocks: int
+    block_size: int
+    max_model_len: int
+    num_generation_tokens: int
+    num_prompt_tokens: int
+    num_preemptions: int
+    num_reserved: int
+    """Samples the router has handed to this engine and not had back."""
+    start_up_s: float
+    uptime_s: float
+
+
+class EnginesResponse(WireModel):
+    """Answer of ``GET`` and ``PUT /v1/engines``."""
+
+    target_count: int
+    engines: list[EngineStatus]
+
+
+class ScaleRequest(WireModel):
+    """Body of ``PUT /v1/engines``."""
+
+    count: int = Field(ge=0)

@@ -1,0 +1,108 @@
+"""Enums used on both sides of the wire, each lifecycle with its written transitions."""
+
+from enum import StrEnum
+
+
+class EngineState(StrEnum):
+    """Lifecycle of one rollout engine (one Ray actor around one vLLM ``AsyncLLM``)."""
+
+    STARTING = "starting"
+    """Loading weights and warming up. Never receives traffic."""
+    SERVING = "serving"
+    """Accepts requests and generates."""
+    PAUSED = "paused"
+    """Accepts requests, generates nothing until resumed."""
+    SYNCING = "syncing"
+    """Inside a weight commit: paused, target and drafter are being replaced."""
+    DRAINING = "draining"
+    """Finishes what it has, accepts nothing new, then stops."""
+    DEAD = "dead"
+    """Gone or poisoned. Final: a replacement is a new engine with a new id."""
+
+
+ENGINE_TRANSITIONS: dict[EngineState, frozenset[EngineState]] = {
+    EngineState.STARTING: frozenset({EngineState.SERVING, EngineState.DEAD}),
+    EngineState.SERVING: frozenset(
+        {EngineState.PAUSED, EngineState.SYNCING, EngineState.DRAINING, EngineState.DEAD}
+    ),
+    EngineState.PAUSED: frozenset(
+        {EngineState.SERVING, EngineState.SYNCING, EngineState.DRAINING, EngineState.DEAD}
+    ),
+    # A commit ends in the state it began from, or the engine is poisoned.
+    EngineState.SYNCING: frozenset({EngineState.SERVING, EngineState.PAUSED, EngineState.DEAD}),
+    EngineState.DRAINING: frozenset({EngineState.DEAD}),
+    EngineState.DEAD: frozenset(),
+}
+
+
+class FinishReason(StrEnum):
+    """Why a sample ended, in vLLM's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+class RewardStatus(StrEnum):
+    """What became of a sample's reward. A failed reward is data, never a lost sample."""
+
+    OK = "ok"
+    ERROR = "error"
+    """The reward function raised."""
+    TIMEOUT = "timeout"
+    """The reward function did not answer in time; its worker was replaced."""
+    SKIPPED = "skipped"
+    """No reward was asked for, or the sample was aborted."""
+
+
+class SpeculationMode(StrEnum):
+    """How an engine decides whether to draft."""
+
+    OFF = "off"
+    """Never drafts."""
+    ALWAYS = "always"
+    """Drafts at every step, whatever the load (for benchmarks)."""
+    KV_GATE = "kv_gate"
+    """Drafts a fixed length while KV-cache occupancy is below the threshold."""
+
+
+class SpeculationReason(StrEnum):
+    """Why a step drafts as many tokens as it does."""
+
+    MODE_OFF = "mode_off"
+    MODE_ALWAYS = "mode_always"
+    BELOW_THRESHOLD = "below_threshold"
+    ABOVE_THRESHOLD = "above_threshold"
+    DWELL = "dwell"
+    """The gate wants to open but has been closed for fewer than ``min_dwell_steps``."""
+    STALE_DRAFTER = "stale_drafter"
+    """Target and drafter versions differ: drafting waits for the requantization."""
+
+
+class PauseMode(StrEnum):
+    """What a pause does to running sequences, as vLLM's ``pause_generation`` means it."""
+
+    KEEP = "keep"
+    """Freeze them; they go on after the resume, under the new weights if there was a commit."""
+    WAIT = "wait"
+    """Let them finish first."""
+    ABORT = "abort"
+    """End them; partial output is returned with ``finish_reason: abort``."""
+
+
+class DrafterScheme(StrEnum):
+    """Round-to-nearest scheme of the drafter's linear layers."""
+
+    AUTO = "auto"
+    """The best for the device: ``int8`` on CPU."""
+    INT8 = "int8"
+    """W8A8: per-output-channel weights, per-token dynamic activations."""
+    NONE = "none"
+    """Unquantized copy of the target: the diagnostic whose acceptance must be 100 %."""
+
+
+class TransportKind(StrEnum):
+    """How the bytes of a weight push reach the engines."""
+
+    SHARED_MEMORY = "shared_memory"
+    """A safetensors file in /dev/shm, mapped by every engine on the host."""
