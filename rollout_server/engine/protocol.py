@@ -6,7 +6,7 @@ implements it over Ray, ``tests/fakes/engine.py`` in memory.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,4 +110,43 @@ class EngineHandle(Protocol):
 
     async def discard(self, version: int) -> None:
         """Forget a staged version."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """Facts of the served model that requests are checked against."""
+
+    model_id: str
+    vocab_size: int
+    max_model_len: int
+
+
+class EnginePool(Protocol):
+    """All engines of the server. Implemented over Ray in ``engine/pool.py``."""
+
+    @property
+    def model(self) -> ModelInfo: ...
+
+    @property
+    def target_count(self) -> int:
+        """Engines asked for by configuration or the last ``scale``."""
+        ...
+
+    @property
+    def max_num_speculative_tokens(self) -> int:
+        """Draft length the engines reserved KV slots for; 0 without a drafter."""
+        ...
+
+    def engines(self) -> Sequence[EngineHandle]:
+        """Every engine that is not gone, in order of creation, STARTING and DRAINING included."""
+        ...
+
+    async def scale(self, count: int) -> None:
+        """Set the target count. Returns at once: new engines start, surplus ones drain, in the
+        background.
+
+        Raises:
+            InvalidRequestError: above ``engine.max_count``.
+        """
         ...
