@@ -1,0 +1,1 @@
+"""Rewards, run in worker processes so that no reward function can hold up or take down the API."""

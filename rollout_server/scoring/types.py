@@ -1,0 +1,34 @@
+"""The records that enter and leave the scoring pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shared.schemas.base import JsonObject
+from shared.schemas.rollouts import RewardSpec
+from shared.types import RewardStatus
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreJob:
+    """One finished completion and everything its reward may look at."""
+
+    reward: RewardSpec
+    prompt: str
+    completion: str
+    prompt_token_ids: list[int]  # [num_prompt_tokens]
+    token_ids: list[int]  # [num_completion_tokens]
+    answer: str | None
+    metadata: JsonObject
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardResult:
+    """What became of a job. ``reward`` is a finite number exactly when ``status`` is OK."""
+
+    reward: float | None
+    status: RewardStatus
+    detail: JsonObject = field(default_factory=dict)
+    """Whatever the reward function reported; ``{"error": ...}`` when it failed."""
+    duration_s: float
+    """Time in the worker; waiting for a free worker is not included."""
