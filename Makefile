@@ -1,0 +1,57 @@
+# Every entry point of the project. Each target does the set-up it needs; see `make help`.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+EXTRA ?=
+CONFIG ?= deploy/configs/demo.yaml
+SERVE_CONFIG ?= deploy/configs/serve-cpu.yaml
+ARGS ?=
+BIN := .venv/bin
+# The test process itself needs no thread pool; engines bind their own cores.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_STATS_ENABLED=0
+
+.PHONY: help setup run serve test test-fast proof lint types fmt bench clean
+
+help: ## This list
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+setup: ## Create .venv, everything pinned (EXTRA=cuda for GPUs); does nothing when it is up to date
+	@deploy/install.sh $(EXTRA)
+
+run: setup ## Serve and train on this machine: speculation, weight pushes, plots and a report (CONFIG=...)
+	@$(BIN)/slipstream run --config $(CONFIG) $(ARGS)
+
+serve: setup ## Only the rollout server (SERVE_CONFIG=...)
+	@$(BIN)/slipstream serve --config $(SERVE_CONFIG) $(ARGS)
+
+test: lint types ## Lint, types and every test that needs no GPU
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+test-fast: lint types ## Lint, types and the quick unit tests
+	$(TEST_ENV) $(BIN)/python -m pytest tests/unit -m "not gpu and not slow and not engine" $(ARGS)
+
+proof: setup ## The long tests: real engines and statistics
+	PROOF=1 $(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and (slow or engine)" $(ARGS)
+
+lint: setup ## ruff, no changes made
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy, strict
+	$(BIN)/mypy
+
+fmt: setup ## Format and apply the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Every benchmark, one after the other
+	@$(BIN)/slipstream bench --all
+
+bench-%: setup ## One benchmark: make bench-NAME
+	@$(BIN)/slipstream bench $*
+
+clean: ## Remove caches (not .venv, runs/ or models)
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
