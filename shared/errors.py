@@ -7,6 +7,7 @@
     ├── RequestError                the caller's fault: 4xx, never retried
     │   ├── InvalidRequestError     400  a value is wrong
     │   ├── UnknownResourceError    404  an id that does not exist
+    │   │   └── ModelNotFoundError  404  a model this server does not serve
     │   ├── ConflictError           409  version or idempotency conflict
     │   └── TooLargeError           413  over a configured limit of size
     ├── UnavailableError            503  nothing can serve it now; retry after ``retry_after_s``
@@ -68,6 +69,12 @@ class UnknownResourceError(RequestError):
 
     status = 404
     code = "not_found"
+
+
+class ModelNotFoundError(UnknownResourceError):
+    """The named model is not the one this server serves."""
+
+    code = "model_not_found"
 
 
 class ConflictError(RequestError):

@@ -43,6 +43,16 @@ class FinishReason(StrEnum):
     ABORT = "abort"
 
 
+class RolloutRunState(StrEnum):
+    """Lifecycle of one ``POST /v1/rollouts`` on the server; both ends are final."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    """Every group is there; after a ``DELETE`` some samples end with ``finish_reason: abort``."""
+    FAILED = "failed"
+    """Ended by an error; posting the same request again starts it afresh."""
+
+
 class RewardStatus(StrEnum):
     """What became of a sample's reward. A failed reward is data, never a lost sample."""
 

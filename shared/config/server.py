@@ -33,6 +33,13 @@ class ServerConfig(SettingsModel):
     shutdown_timeout_s: float = Field(default=30.0, gt=0)
     status_poll_s: float = Field(default=0.5, gt=0)
     """How often engine load is read for routing and metrics."""
+    engine_wait_timeout_s: float = Field(default=300.0, gt=0)
+    """How long requests wait for an engine while none can take them; afterwards they answer 503."""
+    max_generate_attempts: int = Field(default=3, ge=1)
+    """Engines a group is tried on when engines die under it."""
+    dispatch_depth: int = Field(default=2, ge=1)
+    """Samples handed to one engine at once, in multiples of ``engine.max_num_seqs``; the rest waits
+    in the router, where an engine that joins later can still get it."""
 
 
 class RayConfig(SettingsModel):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shared.schemas.base import ErrorBody, JsonObject, WireModel
-from shared.types import FinishReason, RewardStatus
+from shared.types import FinishReason, RewardStatus, RolloutRunState
 
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -173,3 +173,16 @@ class StreamLine(WireModel):
     group: RolloutGroup | None = None
     usage: RolloutUsage | None = None
     error: ErrorBody | None = None
+
+
+class RolloutStatusResponse(WireModel):
+    """Answer of ``GET`` and ``DELETE /v1/rollouts/{request_id}``."""
+
+    request_id: str
+    state: RolloutRunState
+    num_groups: int
+    num_finished_groups: int
+    result: RolloutResponse | None = None
+    """Present when ``state`` is ``finished``."""
+    error: ErrorBody | None = None
+    """Present when ``state`` is ``failed``."""

@@ -1,0 +1,4 @@
+"""Which engine serves a prompt: choose -> reserve -> dispatch -> release.
+
+``strategy`` decides (pure), ``router`` does.
+"""

@@ -1,0 +1,190 @@
+"""The FIFO between accepted groups and engines, and the book of reserved samples.
+
+A group stays here until an engine has room for all its samples, so that an engine that joins late
+still finds work. Strictly first come, first served: a large group at the head is not overtaken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from rollout_server.engine.protocol import EngineHandle, EnginePool
+from rollout_server.router.strategy import EngineLoad, RouteOutcome, choose_engine
+from shared.errors import UnavailableError
+from shared.types import EngineState
+
+LOGGER = logging.getLogger(__name__)
+
+POLL_S = 0.05
+"""How often waiting groups look for engines that changed state by themselves."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Waiter:
+    request_id: str
+    num_samples: int
+    future: asyncio.Future[EngineHandle | None]
+
+
+class DispatchQueue:
+    """Hands engines to waiting groups and counts what each engine holds."""
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        *,
+        max_samples_per_engine: int,
+        engine_wait_timeout_s: float,
+        kv_cache_usage: Callable[[str], float] = lambda engine_id: 0.0,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._pool = pool
+        self._max_samples_per_engine = max_samples_per_engine
+        self._engine_wait_timeout_s = engine_wait_timeout_s
+        self._kv_cache_usage = kv_cache_usage
+        self._clock = clock
+        self._waiters: deque[_Waiter] = deque()
+        self._reserved: dict[str, int] = {}
+        self._dead: set[str] = set()
+        self._without_engine_since_s: float | None = None
+        self._wake = asyncio.Event()
+
+    @property
+    def num_queued_samples(self) -> int:
+        """Samples that wait for an engine."""
+        return sum(waiter.num_samples for waiter in self._waiters)
+
+    def num_reserved(self, engine_id: str) -> int:
+        """Samples ``engine_id`` holds."""
+        return self._reserved.get(engine_id, 0)
+
+    async def acquire(self, request_id: str, num_samples: int) -> EngineHandle | None:
+        """Wait for an engine with room and reserve it. Whoever gets a handle must ``release``.
+
+        Returns:
+            The engine, or None when ``withdraw`` took the request out of the queue.
+
+        Raises:
+            UnavailableError: no engine could take anything for ``engine_wait_timeout_s``.
+        """
+        future: asyncio.Future[EngineHandle | None] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(request_id=request_id, num_samples=num_samples, future=future)
+        self._waiters.append(waiter)
+        self.dispatch()
+        try:
+            # Bounded from outside: run() fails the future once engines have been missing for
+            # engine_wait_timeout_s, and every group ahead is bounded by engine.generate_timeout_s.
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                handle = future.result()
+                if handle is not None:
+                    self.release(handle.engine_id, num_samples)
+            elif waiter in self._waiters:
+                self._waiters.remove(waiter)
+                self.dispatch()
+            raise
+
+    def release(self, engine_id: str, num_samples: int) -> None:
+        """Give ``num_samples`` of room on ``engine_id`` back."""
+        left = self._reserved[engine_id] - num_samples
+        assert left >= 0, f"released more samples of {engine_id} than were reserved"
+        if left:
+            self._reserved[engine_id] = left
+        else:
+            del self._reserved[engine_id]
+        self.dispatch()
+
+    def withdraw(self, request_id: str) -> bool:
+        """Take a waiting request out of the queue. False when it does not wait."""
+        for waiter in self._waiters:
+            if waiter.request_id == request_id:
+                self._waiters.remove(waiter)
+                if not waiter.future.done():
+                    waiter.future.set_result(None)
+                self.dispatch()
+                return True
+        return False
+
+    def mark_dead(self, engine_id: str) -> None:
+        """Never dispatch to ``engine_id`` again, whatever its handle still believes."""
+        self._dead.add(engine_id)
+        self._dead &= {engine.engine_id for engine in self._pool.engines()} | {engine_id}
+
+    def wake(self) -> None:
+        """Look again: an engine may have joined or changed state."""
+        self._wake.set()
+
+    def dispatch(self) -> None:
+        """Place groups from the head of the queue for as long as one fits somewhere."""
+        if not self._waiters:
+            self._without_engine_since_s = None
+            return
+        handles = {engine.engine_id: engine for engine in self._pool.engines()}
+        while self._waiters:
+            waiter = self._waiters[0]
+            if waiter.future.done():  # cancelled while it waited
+                self._waiters.popleft()
+                continue
+            loads = [self._load(handle) for handle in handles.values()]
+            decision = choose_engine(loads, waiter.num_samples, self._max_samples_per_engine)
+            if decision.outcome is RouteOutcome.WAIT_FOR_ENGINE:
+                if self._without_engine_since_s is None:
+                    self._without_engine_since_s = self._clock()
+                break
+            self._without_engine_since_s = None
+            if decision.engine_id is None:
+                break
+            self._waiters.popleft()
+            reserved = self._reserved.get(decision.engine_id, 0)
+            self._reserved[decision.engine_id] = reserved + waiter.num_samples
+            waiter.future.set_result(handles[decision.engine_id])
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Background loop: notice engines that come back, and fail waits that took too long."""
+        while True:
+            if self._waiters:
+                self._wake.clear()
+                self.dispatch()
+                self._fail_overdue()
+                await asyncio.sleep(POLL_S)
+            else:
+                # No timeout: an empty queue waits for nothing but the next group.
+                self._wake.clear()
+                await self._wake.wait()
+
+    def fail_all(self, error: UnavailableError) -> None:
+        """End every wait with ``error`` (shutdown)."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.future.done():
+                waiter.future.set_exception(error)
+
+    def _fail_overdue(self) -> None:
+        since_s = self._without_engine_since_s
+        if since_s is None or self._clock() - since_s < self._engine_wait_timeout_s:
+            return
+        states = [f"{engine.engine_id} {engine.state.value}" for engine in self._pool.engines()]
+        message = (
+            f"waited {self._engine_wait_timeout_s:g} s (server.engine_wait_timeout_s) for an "
+            f"engine; engines: {', '.join(states) if states else 'none'}, asked for: "
+            f"{self._pool.target_count}"
+        )
+        LOGGER.warning("failing %d waiting groups: %s", len(self._waiters), message)
+        self._without_engine_since_s = None
+        self.fail_all(UnavailableError(message))
+
+    def _load(self, handle: EngineHandle) -> EngineLoad:
+        dead = handle.engine_id in self._dead
+        return EngineLoad(
+            engine_id=handle.engine_id,
+            state=EngineState.DEAD if dead else handle.state,
+            num_reserved=self.num_reserved(handle.engine_id),
+            kv_cache_usage=self._kv_cache_usage(handle.engine_id),
+        )

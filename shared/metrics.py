@@ -1,0 +1,58 @@
+"""Names of the Prometheus metrics, one constant each, for the server, its tests and dashboards.
+
+Counters are named here as Prometheus exposes them, with ``_total``. Label names are in
+``*_LABELS``.
+"""
+
+from typing import Final
+
+PREFIX: Final = "slipstream_"
+
+HTTP_REQUESTS: Final = PREFIX + "http_requests_total"
+HTTP_REQUESTS_LABELS: Final = ("method", "route", "status")
+HTTP_LATENCY: Final = PREFIX + "http_request_duration_seconds"
+HTTP_LATENCY_LABELS: Final = ("method", "route")
+
+PENDING_SAMPLES: Final = PREFIX + "pending_samples"
+"""Accepted and not delivered, failed or cancelled."""
+QUEUED_SAMPLES: Final = PREFIX + "queued_samples"
+"""Pending and waiting in the router for an engine."""
+SAMPLES_ACCEPTED: Final = PREFIX + "samples_accepted_total"
+SAMPLES_DELIVERED: Final = PREFIX + "samples_delivered_total"
+SAMPLES_FAILED: Final = PREFIX + "samples_failed_total"
+SAMPLES_CANCELLED: Final = PREFIX + "samples_cancelled_total"
+PROMPT_TOKENS: Final = PREFIX + "prompt_tokens_total"
+COMPLETION_TOKENS: Final = PREFIX + "completion_tokens_total"
+DRAFT_TOKENS: Final = PREFIX + "draft_tokens_total"
+ACCEPTED_TOKENS: Final = PREFIX + "accepted_tokens_total"
+GENERATE_RETRIES: Final = PREFIX + "generate_retries_total"
+"""Groups generated afresh because the engine that held them died."""
+
+REWARDS: Final = PREFIX + "rewards_total"
+REWARDS_LABELS: Final = ("status",)
+
+COMMITTED_VERSION: Final = PREFIX + "committed_weight_version"
+PUSHES: Final = PREFIX + "weight_pushes_total"
+PUSHES_LABELS: Final = ("outcome",)
+PUSH_DURATION: Final = PREFIX + "weight_push_duration_seconds"
+
+READY_ENGINES: Final = PREFIX + "ready_engines"
+TARGET_ENGINES: Final = PREFIX + "target_engines"
+ENGINE_LABELS: Final = ("engine",)
+ENGINE_STATE: Final = PREFIX + "engine_state"
+ENGINE_STATE_LABELS: Final = ("engine", "state")
+"""1 for the state the engine is in, 0 for the others."""
+ENGINE_KV_CACHE_USAGE: Final = PREFIX + "engine_kv_cache_usage"
+ENGINE_RUNNING: Final = PREFIX + "engine_running_requests"
+ENGINE_WAITING: Final = PREFIX + "engine_waiting_requests"
+ENGINE_RESERVED: Final = PREFIX + "engine_reserved_samples"
+ENGINE_TARGET_VERSION: Final = PREFIX + "engine_target_weight_version"
+ENGINE_DRAFTER_VERSION: Final = PREFIX + "engine_drafter_weight_version"
+ENGINE_PREEMPTIONS: Final = PREFIX + "engine_preemptions_total"
+ENGINE_GENERATION_TOKENS: Final = PREFIX + "engine_generation_tokens_total"
+ENGINE_SPECULATIVE_TOKENS: Final = PREFIX + "engine_num_speculative_tokens"
+"""Draft length of the engine's latest step."""
+ENGINE_DRAFTS: Final = PREFIX + "engine_drafts_total"
+ENGINE_DRAFT_TOKENS: Final = PREFIX + "engine_draft_tokens_total"
+ENGINE_ACCEPTED_TOKENS: Final = PREFIX + "engine_accepted_tokens_total"
+ENGINE_SPECULATION_SWITCHES: Final = PREFIX + "engine_speculation_switches_total"
