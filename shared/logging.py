@@ -16,11 +16,11 @@ NOISY_LOGGERS = ("httpx", "httpcore", "urllib3", "matplotlib", "asyncio")
 class UtcFormatter(logging.Formatter):
     """Lines that sort by time and say which process wrote them."""
 
-    converter = time.gmtime
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
     def __init__(self, process_name: str) -> None:
+        self.converter = time.gmtime
         super().__init__(f"%(asctime)s %(levelname)-7s {process_name} %(name)s: %(message)s")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -39,6 +40,11 @@ class RunConfig(SettingsModel):
     weights: WeightsConfig = WeightsConfig()
     scoring: ScoringConfig = ScoringConfig()
     trainer: TrainerConfig = TrainerConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where a run leaves everything it writes: ``output_dir/name``."""
+        return Path(self.output_dir) / self.name
 
     @model_validator(mode="after")
     def speculation_needs_a_drafter(self) -> Self:

@@ -1,0 +1,98 @@
+"""Checks of a configuration that validates: is it safe, and can it work on this machine?"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+
+from shared.cli.doctor_checks import CheckResult, CheckStatus
+from shared.config.run import RunConfig
+from shared.types import TransportKind
+
+
+def configuration_checks(config: RunConfig) -> list[CheckResult]:
+    """Every check of one resolved configuration."""
+    return [
+        check_host(config.server.host),
+        check_model(config),
+        check_remote_code(config),
+        check_kv_budget(config),
+        check_cores(config, len(os.sched_getaffinity(0))),
+        check_transport(config),
+    ]
+
+
+def check_host(host: str) -> CheckResult:
+    """The API carries weights and has no accounts: it belongs on loopback or a private network."""
+    if is_loopback(host):
+        return CheckResult(name="server.host", status=CheckStatus.OK, detail=host)
+    detail = f"{host} is reachable from other machines: whoever reaches it can replace the weights"
+    return CheckResult(name="server.host", status=CheckStatus.WARNING, detail=detail)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_model(config: RunConfig) -> CheckResult:
+    """The model is there, can be made, or is a name for the hub."""
+    path = config.model.path
+    if (Path(path) / "config.json").exists():
+        return CheckResult(name="model.path", status=CheckStatus.OK, detail=path)
+    if config.demo_model is not None:
+        detail = f"{path} is made by the first `slipstream run` ({config.demo_model.preset})"
+        return CheckResult(name="model.path", status=CheckStatus.OK, detail=detail)
+    detail = f"{path} is not a model directory here: it is taken for a name on the model hub"
+    return CheckResult(name="model.path", status=CheckStatus.WARNING, detail=detail)
+
+
+def check_remote_code(config: RunConfig) -> CheckResult:
+    """Code from a model directory runs with all rights of the engine."""
+    if not config.model.trust_remote_code:
+        return CheckResult(name="model.trust_remote_code", status=CheckStatus.OK, detail="false")
+    detail = "true: python files of the model directory are executed"
+    return CheckResult(name="model.trust_remote_code", status=CheckStatus.WARNING, detail=detail)
+
+
+def check_kv_budget(config: RunConfig) -> CheckResult:
+    """A CPU engine has no memory of its own to measure: it must be told its KV budget."""
+    engine = config.engine
+    if engine.num_kv_blocks is not None:
+        detail = f"{engine.num_kv_blocks} blocks (engine.num_kv_blocks)"
+    elif engine.kv_cache_memory_mib is not None:
+        detail = f"{engine.kv_cache_memory_mib} MiB (engine.kv_cache_memory_mib)"
+    elif engine.device == "cpu":
+        detail = "set engine.kv_cache_memory_mib or engine.num_kv_blocks on device cpu"
+        return CheckResult(name="KV cache", status=CheckStatus.WARNING, detail=detail)
+    else:
+        detail = f"sized by vLLM (engine.gpu_memory_utilization {engine.gpu_memory_utilization})"
+    return CheckResult(name="KV cache", status=CheckStatus.OK, detail=detail)
+
+
+def check_cores(config: RunConfig, num_usable_cores: int) -> CheckResult:
+    """CPU engines on the same cores starve each other."""
+    engine = config.engine
+    if engine.device == "cuda" or engine.count <= 1:
+        return CheckResult(name="engine.cpu_cores", status=CheckStatus.OK, detail="one engine")
+    distinct = len(set(engine.cpu_cores))
+    if distinct >= engine.count:
+        detail = f"{distinct} sets for {engine.count} engines, {num_usable_cores} cores usable"
+        return CheckResult(name="engine.cpu_cores", status=CheckStatus.OK, detail=detail)
+    detail = f"{engine.count} CPU engines share {distinct or 'all'} core sets: give each its own"
+    return CheckResult(name="engine.cpu_cores", status=CheckStatus.WARNING, detail=detail)
+
+
+def check_transport(config: RunConfig) -> CheckResult:
+    """The shared-memory transport needs its directory, and every engine on this host."""
+    name = "weights.transport"
+    directory = config.weights.shared_memory_dir
+    shared_memory = config.weights.transport is TransportKind.SHARED_MEMORY
+    if shared_memory and not os.access(directory, os.W_OK):
+        detail = f"weights.shared_memory_dir {directory} cannot be written"
+        return CheckResult(name=name, status=CheckStatus.FAILED, detail=detail)
+    return CheckResult(name=name, status=CheckStatus.OK, detail=config.weights.transport.value)

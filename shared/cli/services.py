@@ -1,0 +1,135 @@
+"""Commands that start processes: ``serve``, ``train``, ``run``, ``make-model``, ``bench``."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.cli.options import ConfigOption, JsonOption, SetOption, resolve_config
+from shared.cli.output import print_json, stderr_console
+from shared.cli.processes import run_module
+from shared.cli.run_directory import claim_run_directory, write_config
+from shared.cli.supervisor import RunFailedError, Supervisor
+from shared.errors import ConfigurationError
+
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last checkpoint of the run of this name.")
+]
+
+
+def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
+    """Start the rollout server in the foreground."""
+    claimed = claim_run_directory(resolve_config(config, set_), resume=False)
+    path = write_config(claimed, claimed.run_dir / "config.yaml")
+    raise typer.Exit(run_module("rollout_server", ["--config", str(path)]))
+
+
+def train(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    resume: ResumeOption = False,
+    url: Annotated[
+        str | None,
+        typer.Option("--url", envvar="SLIPSTREAM_URL", help="Server; else trainer.server_url."),
+    ] = None,
+) -> None:
+    """Start only the trainer, against a running server."""
+    resolved = resolve_config(config, set_)
+    if url is not None:
+        server = resolved.trainer.model_copy(update={"server_url": url})
+        resolved = resolved.model_copy(update={"trainer": server})
+    if resolved.trainer.server_url is None:
+        raise ConfigurationError(
+            "no rollout server: give --url, SLIPSTREAM_URL or trainer.server_url "
+            "(`slipstream run` starts server and trainer together)",
+            param="trainer.server_url",
+        )
+    claimed = claim_run_directory(resolved, resume=resume)
+    path = write_config(claimed, claimed.run_dir / "config.yaml")
+    arguments = ["--config", str(path), *(["--resume"] if resume else [])]
+    raise typer.Exit(run_module("trainer", arguments))
+
+
+def run(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a whole job: model if needed, server, trainer, live view, report, summary."""
+    console = stderr_console()
+    try:
+        with Supervisor(resolve_config(config, set_), resume=resume) as supervisor:
+            console.print(f"run directory: {supervisor.run_dir}", highlight=False)
+            supervisor.make_model()
+            with console.status("starting engines"):
+                address = supervisor.start_server()
+            console.print(f"server ready: {address.url}", highlight=False)
+            supervisor.train(address)
+            supervisor.stop_all()
+            supervisor.build_report()
+            summary = supervisor.run_dir / "summary.json"
+    except KeyboardInterrupt:
+        console.print("stopped; `--resume` goes on from the last checkpoint")
+        raise typer.Exit(130) from None
+    except RunFailedError as exc:
+        typer.echo(f"error: {exc.message}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(summary.read_text(encoding="utf-8"))
+
+
+def make_model(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to create.")],
+    preset: Annotated[str, typer.Option(help="Which model.")] = "tiny-arithmetic",
+    warm_start_steps: Annotated[
+        int, typer.Option(min=0, help="Supervised steps before it is written.")
+    ] = 400,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+) -> None:
+    """Create a small model for the CPU demonstration."""
+    arguments = [
+        *("--output", str(output), "--preset", preset),
+        *("--warm-start-steps", str(warm_start_steps), "--seed", str(seed)),
+    ]
+    raise typer.Exit(run_module("trainer.demo_model", arguments))
+
+
+def bench(
+    name: Annotated[
+        str | None, typer.Argument(help="Benchmark; without it they are listed.")
+    ] = None,
+    run_all: Annotated[bool, typer.Option("--all", help="Run every benchmark in turn.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a benchmark; its figures go to benchmarks/results/."""
+    names = benchmark_names()
+    if name is None and not run_all:
+        print_json(list(names)) if as_json else typer.echo("\n".join(names) or "no benchmarks")
+        return
+    if name is not None and name not in names:
+        known = ", ".join(names) or "none"
+        raise ConfigurationError(f"no benchmark {name!r}; there are: {known}", param="NAME")
+    codes = [run_module(f"benchmarks.{item}", []) for item in ([name] if name else names)]
+    raise typer.Exit(max(codes, default=0))
+
+
+def benchmark_names() -> list[str]:
+    """Modules of ``benchmarks/`` that can be started."""
+    # The console script does not put the project root on the path; `python -m` in it does.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        spec = importlib.util.find_spec("benchmarks")
+    finally:
+        sys.path.pop(0)
+    if spec is None or spec.submodule_search_locations is None:
+        return []
+    modules = pkgutil.iter_modules(spec.submodule_search_locations)
+    return sorted(
+        module.name for module in modules if not module.ispkg and not module.name.startswith("_")
+    )
