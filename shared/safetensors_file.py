@@ -38,9 +38,10 @@ DTYPE_NUM_BYTES: dict[str, int] = {
 LENGTH_NUM_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
-_SPAN_KEYS = {"dtype", "shape", "data_offsets"}
 CHUNK_BYTES = 1 << 20
 """Bytes read at a time: fits the second-level cache, and every element size divides it."""
+
+_SPAN_KEYS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

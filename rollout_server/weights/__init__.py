@@ -1,0 +1,1 @@
+"""From a published safetensors segment to every engine serving it: verify, stage, commit."""
