@@ -59,7 +59,9 @@ class EngineConfig(SettingsModel):
     @model_validator(mode="after")
     def count_within_max(self) -> Self:
         if self.count > self.max_count:
-            raise ValueError(f"engine.count {self.count} is above engine.max_count {self.max_count}")
+            raise ValueError(
+                f"engine.count {self.count} is above engine.max_count {self.max_count}"
+            )
         return self
 
     @model_validator(mode="after")

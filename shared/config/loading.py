@@ -62,7 +62,9 @@ def validate_run_config(data: Mapping[str, Any]) -> RunConfig:
         problems = []
         for error in exc.errors():
             key = ".".join(str(part) for part in error["loc"]) or "configuration"
-            shown = "" if error["type"] in ("missing", "value_error") else f" (got {error['input']!r})"
+            shown = (
+                "" if error["type"] in ("missing", "value_error") else f" (got {error['input']!r})"
+            )
             problems.append(f"{key}: {error['msg'].removeprefix('Value error, ')}{shown}")
         first = ".".join(str(part) for part in exc.errors()[0]["loc"]) or None
         raise ConfigurationError("; ".join(problems), param=first) from exc

@@ -66,9 +66,7 @@ class SamplingOptions(WireModel):
     @model_validator(mode="after")
     def min_below_max(self) -> Self:
         if self.min_tokens > self.max_tokens:
-            raise ValueError(
-                f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}"
-            )
+            raise ValueError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         return self
 
 

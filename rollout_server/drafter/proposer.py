@@ -1,0 +1,164 @@
+"""vLLM proposer that drafts with a quantized copy of the target over the target's own KV cache.
+
+One cycle, K = 3, a sequence whose accepted tokens fill slots 0..p-1 and whose newest token x was
+just sampled (it is not in the cache yet)::
+
+    slot        p-1 | p    p+1  p+2  p+3
+    draft pass 1    | x'                      reads 0..p-1 (exact), writes p    -> samples d1
+    draft pass 2    | x'   d1'                reads 0..p,           writes p+1  -> samples d2
+    draft pass 3    | x'   d1'  d2'           reads 0..p+1,         writes p+2  -> samples d3
+    verification    | x    d1   d2   d3       rewrites p..p+3 exactly, accepts a prefix
+
+The primed entries are provisional: the next target pass computes the same positions and overwrites
+every one of them, so approximate keys and values never reach the target. Accepted positions are
+never run again, which is why drafting can stop and start at any step at no cost. The slots are
+reserved by the scheduler (``VllmConfig.num_lookahead_tokens``).
+
+Leans on (vLLM 0.32.0): ``DraftModelProposer``, its ``propose`` signature as called by
+``GPUModelRunner.propose_draft_token_ids``, ``_update_positions_dependent_metadata``,
+``build_per_group_and_layer_attn_metadata``, ``_sample_draft_tokens``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import Module
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from rollout_server.drafter.plan import DrafterPlan
+from rollout_server.drafter.quantization import DrafterQuantizationConfig
+from rollout_server.drafter.sharing import (
+    allow_provisional_writes,
+    draft_linear_methods,
+    point_at_target_kv_cache,
+    share_target_modules,
+)
+from rollout_server.engine.vllm_plugin.settings import plugin_settings
+
+
+class SelfDraftProposer(DraftModelProposer):
+    """Takes the place of ``DraftModelProposer`` in vLLM's model runner."""
+
+    active: ClassVar[SelfDraftProposer | None] = None
+    """The proposer of this worker process, for the worker extension."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner)
+        settings = plugin_settings(vllm_config)
+        self.plan = DrafterPlan.from_config(settings.drafter, device.type)
+        type(self).active = self
+
+    def _create_draft_vllm_config(self) -> VllmConfig:
+        config = super()._create_draft_vllm_config()
+        config.quant_config = DrafterQuantizationConfig(self.plan, self.device.type)
+        return config
+
+    def load_model(self, target_model: Module) -> None:
+        super().load_model(target_model)
+        head = draft_linear_methods(self.model).get("lm_head")
+        if head is not None and head.is_tied:
+            # The checkpoint has no lm_head: the loader filled the embedding only.
+            head.pack(self.model.model.embed_tokens.weight.data)
+        share_target_modules(self.model, target_model)
+        point_at_target_kv_cache(self._attention_layers(), self._draft_attn_layer_names)
+
+    def initialize_attn_backend(
+        self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
+        allow_provisional_writes(self._attention_layers(), self._draft_attn_layer_names)
+
+    def _attention_layers(self) -> dict[str, Any]:
+        return get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> torch.Tensor:
+        """Draft ``num_speculative_tokens`` tokens per request.
+
+        Args:
+            next_token_ids: [batch_size], the token each request sampled last.
+            num_rejected_tokens_gpu: [batch_size], drafts of the previous cycle that verification
+                rejected; ``common_attn_metadata.seq_lens`` still counts them.
+
+        Returns:
+            [batch_size, num_speculative_tokens] token ids.
+        """
+        self._last_draft_probs = None
+        batch_size = common_attn_metadata.num_reqs
+        if num_speculative_tokens == 0:
+            return torch.empty(batch_size, 0, device=self.device, dtype=torch.int64)
+
+        # Length before the new token. Cloned: the runner's own buffer must stay as it is.
+        seq_lens = common_attn_metadata.seq_lens[:batch_size].clone()
+        if num_rejected_tokens_gpu is not None:
+            seq_lens -= num_rejected_tokens_gpu
+        upper_bound = common_attn_metadata.seq_lens_cpu_upper_bound
+        metadata = replace(
+            common_attn_metadata,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=None if upper_bound is None else upper_bound.clone(),
+            num_actual_tokens=batch_size,
+            max_query_len=1,
+            query_start_loc=self.arange[: batch_size + 1],
+            query_start_loc_cpu=torch.from_numpy(self.token_arange_np[: batch_size + 1]).clone(),
+        )
+        positions = seq_lens.to(torch.int64) - 1
+        cudagraph_mode, padded_size, size_across_dp = self._determine_batch_execution_and_padding(
+            batch_size
+        )
+
+        token_ids = next_token_ids
+        drafts: list[torch.Tensor] = []
+        probabilities: list[torch.Tensor] = []
+        for draft_index in range(num_speculative_tokens):
+            positions = self._update_positions_dependent_metadata(
+                positions, metadata, batch_size, padded_size, self.block_size
+            )
+            _, per_layer_metadata = self.build_per_group_and_layer_attn_metadata(
+                metadata, draft_index=draft_index
+            )
+            self.input_ids[:batch_size] = token_ids
+            with set_forward_context(
+                per_layer_metadata,
+                self.vllm_config,
+                num_tokens=padded_size,
+                num_tokens_across_dp=size_across_dp,
+                cudagraph_runtime_mode=cudagraph_mode,
+                slot_mapping=self._get_slot_mapping(padded_size),
+            ):
+                hidden_states = self.model(
+                    input_ids=self.input_ids[:padded_size],
+                    positions=self._get_positions(padded_size),
+                    inputs_embeds=None,
+                )
+            token_ids, draft_probabilities = self._sample_draft_tokens(
+                hidden_states[:batch_size], sampling_metadata
+            )
+            drafts.append(token_ids)
+            if draft_probabilities is not None:
+                probabilities.append(draft_probabilities)
+        if probabilities:
+            # [batch_size, num_speculative_tokens, vocab_size]: the rejection sampler needs the
+            # distribution each draft really came from.
+            self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()
+        return torch.stack(drafts, dim=1)

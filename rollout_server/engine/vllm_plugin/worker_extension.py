@@ -1,0 +1,88 @@
+"""Methods added to vLLM's worker (``worker_extension_cls``), called by ``AsyncLLM.collective_rpc``.
+
+They run in every tensor-parallel rank, between engine steps. Leans on (vLLM 0.32.0):
+``initialize_layerwise_reload`` / ``finalize_layerwise_processing`` (in-place reload that re-packs
+layer by layer), ``Worker.model_runner.get_model()``.
+
+vLLM's own weight-update session is not used for this transport: a failure inside it leaves the
+session open for good, whereas here a failed load poisons the engine and the server replaces it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader.reload.layerwise import (
+    finalize_layerwise_processing,
+    initialize_layerwise_reload,
+)
+
+from rollout_server.drafter.proposer import SelfDraftProposer
+from rollout_server.drafter.requantization import requantize
+from rollout_server.drafter.sharing import draft_linear_methods
+
+
+class SlipstreamWorkerExtension:
+    """Mixed into the worker class. All names carry the ``slipstream_`` prefix."""
+
+    vllm_config: Any
+    model_runner: Any
+    _slipstream_staged: dict[int, str]
+
+    def slipstream_stage(self, version: int, path: str) -> int:
+        """Map the file and remember it; nothing is served from it yet. Returns tensor count."""
+        if not hasattr(self, "_slipstream_staged"):
+            self._slipstream_staged = {}
+        with safe_open(path, framework="pt") as file:
+            num_tensors = len(file.keys())
+        self._slipstream_staged[version] = path
+        return num_tensors
+
+    def slipstream_discard(self, version: int) -> None:
+        """Forget a staged version."""
+        getattr(self, "_slipstream_staged", {}).pop(version, None)
+
+    def slipstream_load(self, version: int) -> dict[str, float]:
+        """Replace the target's weights and rebuild the drafter. Generation must be paused.
+
+        Returns:
+            ``load_s`` and ``requantize_s``.
+
+        Raises:
+            KeyError: the version was not staged.
+        """
+        path = self._slipstream_staged.pop(version)
+        model = self.model_runner.get_model()
+        started = time.perf_counter()
+        with set_current_vllm_config(self.vllm_config), torch.no_grad():
+            initialize_layerwise_reload(model)
+            model.load_weights(iterate_safetensors(path))
+            finalize_layerwise_processing(model, self.vllm_config.model_config)
+            loaded = time.perf_counter()
+            proposer = SelfDraftProposer.active
+            if proposer is not None:
+                requantize(proposer.model, iterate_safetensors(path))
+        torch.accelerator.synchronize()
+        finished = time.perf_counter()
+        return {"load_s": loaded - started, "requantize_s": finished - loaded}
+
+    def slipstream_memory(self) -> dict[str, int]:
+        """Bytes the drafter holds of its own."""
+        proposer = SelfDraftProposer.active
+        methods = {} if proposer is None else draft_linear_methods(proposer.model)
+        return {
+            "drafter_bytes": sum(method.num_bytes() for method in methods.values()),
+            "num_drafter_layers": len(methods),
+        }
+
+
+def iterate_safetensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """``(name, tensor)`` over a memory-mapped file, one tensor at a time."""
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            yield name, file.get_tensor(name)

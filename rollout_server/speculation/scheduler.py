@@ -1,0 +1,145 @@
+"""vLLM scheduler that asks the speculation controller for a draft length once per step.
+
+Also keys the prefix cache by weight version, so that KV computed under old weights is never found
+by a request that starts, or restarts, under new ones.
+
+Leans on (vLLM 0.32.0): ``AsyncScheduler``; ``Scheduler.dynamic_sd_lookup``, read once per
+``schedule()`` as ``lookup[num_scheduled_requests]`` after KV slots were allocated;
+``Scheduler.make_spec_decoding_stats``; ``Request.cache_salt``, ``block_hashes`` and
+``update_block_hashes``; ``Scheduler._preempt_request``.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import Request
+
+from rollout_server.engine.vllm_plugin.settings import plugin_settings
+from rollout_server.speculation.controller import (
+    EngineLoadSample,
+    SpeculationController,
+    apply_patch,
+)
+from rollout_server.speculation.recorder import SpeculationRecorder
+from shared.config.speculation import SpeculationConfig
+from shared.schemas.speculation import EngineSpeculation, SpeculationPatch, SpeculationPolicy
+
+
+def initial_policy(config: SpeculationConfig) -> SpeculationPolicy:
+    """The policy an engine starts with."""
+    return SpeculationPolicy(
+        mode=config.mode,
+        num_speculative_tokens=config.num_speculative_tokens,
+        kv_cache_threshold=config.kv_cache_threshold,
+        kv_cache_hysteresis=config.kv_cache_hysteresis,
+        min_dwell_steps=config.min_dwell_steps,
+    )
+
+
+class _DraftLengthLookup:
+    """Stands where vLLM keeps its batch-size table; indexing it makes this step's decision."""
+
+    def __init__(self, scheduler: SlipstreamScheduler) -> None:
+        self._scheduler = scheduler
+
+    def __getitem__(self, num_scheduled_reqs: int) -> int:
+        return self._scheduler.decide_draft_length()
+
+
+class SlipstreamScheduler(AsyncScheduler):
+    """Configured as ``scheduler_cls`` of every engine."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = plugin_settings(self.vllm_config)
+        self.target_version = settings.initial_weight_version
+        self.drafter_version = settings.initial_weight_version
+        self.num_generation_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_preemptions = 0
+        self.speculation_controller = SpeculationController(initial_policy(settings.speculation))
+        self.speculation_recorder = SpeculationRecorder(
+            settings.engine_id,
+            settings.speculation.history_size,
+            settings.speculation.reserved_speculative_tokens,
+        )
+        if self.num_spec_tokens > 0:
+            self.dynamic_sd_lookup = _DraftLengthLookup(self)
+
+    def decide_draft_length(self) -> int:
+        """This step's draft length, recorded."""
+        sample = EngineLoadSample(
+            kv_cache_usage=self.kv_cache_manager.usage,
+            num_running_reqs=len(self.running),
+            num_waiting_reqs=len(self.waiting),
+            drafter_is_current=self.drafter_version == self.target_version,
+        )
+        decision = self.speculation_controller.decide(sample)
+        self.speculation_recorder.record_step(time.time(), sample, decision)
+        return decision.num_speculative_tokens
+
+    def patch_speculation(self, patch: SpeculationPatch) -> None:
+        """Take effect at the next step."""
+        controller = self.speculation_controller
+        controller.set_policy(apply_patch(controller.policy, patch))
+
+    def report_speculation(self, since_step: int) -> EngineSpeculation:
+        return self.speculation_recorder.report(since_step, self.kv_cache_manager.usage)
+
+    def set_weight_versions(self, target_version: int, drafter_version: int) -> None:
+        """Called inside the pause of a commit, after target and drafter were replaced."""
+        self.target_version = target_version
+        self.drafter_version = drafter_version
+        # Waiting requests will compute (all of) their KV under the new weights; running ones keep
+        # the key their KV was computed under.
+        for request in self.waiting:
+            self._key_by_weight_version(request)
+
+    def add_request(self, request: Request) -> None:
+        self.num_prompt_tokens += request.num_prompt_tokens
+        self._key_by_weight_version(request)
+        super().add_request(request)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self.num_preemptions += 1
+        self._key_by_weight_version(request)
+
+    def _key_by_weight_version(self, request: Request) -> None:
+        """Salt the request's block hashes with the version its KV will be computed under.
+
+        The salt enters the first block's hash and every later hash chains on it, so blocks of
+        different versions can never be mistaken for each other.
+        """
+        salt, separator, _ = (request.cache_salt or "").rpartition("@v")
+        request.cache_salt = (
+            f"{salt if separator else request.cache_salt or ''}@v{self.target_version}"
+        )
+        request.block_hashes.clear()
+        request.update_block_hashes()
+
+    def make_spec_decoding_stats(
+        self,
+        spec_decoding_stats: Any,
+        num_draft_tokens: int,
+        num_accepted_tokens: int,
+        num_invalid_spec_tokens: dict[str, int] | None,
+        request_id: str,
+    ) -> Any:
+        if num_draft_tokens:
+            self.speculation_recorder.record_draft(num_draft_tokens, num_accepted_tokens)
+        return super().make_spec_decoding_stats(
+            spec_decoding_stats,
+            num_draft_tokens,
+            num_accepted_tokens,
+            num_invalid_spec_tokens,
+            request_id,
+        )
+
+    def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        new_token_ids, stopped = super()._update_request_with_output(request, *args, **kwargs)
+        self.num_generation_tokens += len(new_token_ids)
+        return new_token_ids, stopped
