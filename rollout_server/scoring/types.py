@@ -31,4 +31,4 @@ class RewardResult:
     detail: JsonObject = field(default_factory=dict)
     """Whatever the reward function reported; ``{"error": ...}`` when it failed."""
     duration_s: float
-    """Time in the worker; waiting for a free worker is not included."""
+    """From hand-over to a worker to its answer; waiting for a free worker is not included."""

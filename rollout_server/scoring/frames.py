@@ -1,0 +1,58 @@
+"""How pool and worker talk: JSON objects over a pipe, each behind its length in 8 bytes.
+
+JSON and not pickle: nothing a reward function returns can run code in the API process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+LENGTH_NUM_BYTES = 8
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+"""Above any request body the API accepts; a longer frame is a broken pipe, not data."""
+
+
+def encode_frame(message: Mapping[str, Any]) -> bytes:
+    """Serialize a message.
+
+    Raises:
+        TypeError, ValueError: it holds something JSON has no form for (NaN and infinity included).
+    """
+    body = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
+    return len(body).to_bytes(LENGTH_NUM_BYTES, "big") + body
+
+
+def frame_num_bytes(prefix: bytes) -> int:
+    """Length of the body behind a prefix.
+
+    Raises:
+        ValueError: longer than ``MAX_FRAME_BYTES``.
+    """
+    num_bytes = int.from_bytes(prefix, "big")
+    if num_bytes > MAX_FRAME_BYTES:
+        raise ValueError(f"frame of {num_bytes} bytes is above the limit of {MAX_FRAME_BYTES}")
+    return num_bytes
+
+
+def read_frame(stream: BinaryIO) -> dict[str, Any] | None:
+    """Read one message, blocking; None at the end of the stream."""
+    prefix = stream.read(LENGTH_NUM_BYTES)
+    if len(prefix) < LENGTH_NUM_BYTES:
+        return None
+    num_bytes = frame_num_bytes(prefix)
+    body = stream.read(num_bytes)
+    return decode_body(body) if len(body) == num_bytes else None
+
+
+def decode_body(body: bytes) -> dict[str, Any]:
+    """Parse a frame's body.
+
+    Raises:
+        ValueError: not a JSON object.
+    """
+    message = json.loads(body)
+    if not isinstance(message, dict):
+        raise ValueError(f"frame holds a JSON {type(message).__name__}, not an object")
+    return message

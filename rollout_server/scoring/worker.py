@@ -1,0 +1,114 @@
+"""A scoring worker process: ``python -m rollout_server.scoring.worker <pid of the parent>``.
+
+Reads jobs from standard input, one at a time, and writes results to standard output. Imports only
+the standard library and the rewards, so that a replacement is ready within a fraction of a second.
+Ends with its parent: at the end of the pipe when idle, by a signal of the kernel when busy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import traceback
+from typing import Any, BinaryIO
+
+from rollout_server.scoring.frames import encode_frame, read_frame
+from rollout_server.scoring.registry import BUILTIN_REWARDS, RewardFunction, import_reward
+from rollout_server.scoring.signature import read_signature
+
+PR_SET_PDEATHSIG = 1
+MAX_DETAIL_BYTES = 64 * 1024
+MAX_ERROR_CHARS = 2000
+
+
+def main() -> None:
+    """Serve jobs until the pool closes the pipe."""
+    _end_with_parent(int(sys.argv[1]))
+    jobs, results = _take_over_pipes()
+    setup = read_frame(jobs)
+    if setup is None:
+        return
+    functions = {name: reward.function for name, reward in BUILTIN_REWARDS.items()}
+    signatures = {}
+    for name, target in setup["rewards"].items():
+        try:
+            functions[name] = import_reward(target)
+            signatures[name] = read_signature(functions[name]).to_json()
+        # User code: an import may raise anything, SystemExit included. The pool names it.
+        except (Exception, SystemExit) as exc:  # noqa: BLE001
+            _send(results, {"failed": name, "error": _describe(exc)})
+            return
+    _send(results, {"signatures": signatures})
+    while (job := read_frame(jobs)) is not None:
+        _send(results, run_job(functions, job))
+
+
+def run_job(functions: dict[str, RewardFunction], job: dict[str, Any]) -> dict[str, Any]:
+    """Call the reward: ``{"reward", "detail"}``, or ``{"error"}`` with what went wrong."""
+    try:
+        return _read_returned(
+            functions[job["name"]](
+                job["prompt"], job["completion"], job["answer"], job["metadata"], **job["params"]
+            )
+        )
+    # User code may raise anything; sys.exit() in it must not cost the worker either.
+    except (Exception, SystemExit) as exc:  # noqa: BLE001
+        return {"error": _describe(exc)}
+
+
+def _read_returned(returned: object) -> dict[str, Any]:
+    match returned:
+        case (value, dict() as detail):
+            pass
+        case value:
+            detail = {}
+    # Numbers of other libraries (numpy scalars) have __float__; text has not.
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
+        raise TypeError(
+            f"a reward returns a number or (number, dict), this one a {type(value).__name__}"
+        )
+    reward = float(value)
+    if not math.isfinite(reward):
+        raise ValueError(f"reward {reward} is not finite")
+    num_bytes = len(json.dumps(detail, allow_nan=False))
+    if num_bytes > MAX_DETAIL_BYTES:
+        raise ValueError(f"detail of {num_bytes} bytes is above the limit of {MAX_DETAIL_BYTES}")
+    return {"reward": reward, "detail": detail}
+
+
+def _describe(exc: BaseException) -> str:
+    frames = traceback.extract_tb(exc.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return f"{type(exc).__name__}: {exc}"[:MAX_ERROR_CHARS] + where
+
+
+def _send(results: BinaryIO, message: dict[str, Any]) -> None:
+    results.write(encode_frame(message))
+    results.flush()
+
+
+def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Keep the pipes to ourselves: what rewards print goes to standard error."""
+    jobs = os.fdopen(os.dup(0), "rb")
+    results = os.fdopen(os.dup(1), "wb")
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
+    os.dup2(2, 1)
+    return jobs, results
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # not Linux: the end of the pipe remains
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before the signal was asked for
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
