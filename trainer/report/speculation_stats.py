@@ -1,0 +1,107 @@
+"""Pure figures from the recorded decisions: how much of the time engines drafted, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from trainer.report.run_data import Decision, Event
+
+IDLE_GAP_FACTOR = 10.0
+MIN_IDLE_GAP_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeculationShare:
+    """Engine steps with and without speculation."""
+
+    num_steps_on: int
+    num_steps_off: int
+    num_switches: int
+
+    @property
+    def fraction_on(self) -> float | None:
+        total = self.num_steps_on + self.num_steps_off
+        return self.num_steps_on / total if total else None
+
+
+def by_engine(decisions: Iterable[Decision]) -> dict[str, list[Decision]]:
+    """Decisions per engine, in order of time."""
+    grouped: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        grouped.setdefault(decision.engine_id, []).append(decision)
+    return dict(sorted(grouped.items()))
+
+
+def speculation_share(decisions: Iterable[Decision]) -> SpeculationShare:
+    """Steps on and off over all engines.
+
+    Every switch is recorded, so the steps between two records were decided like the first of them:
+    records at steps 10 (on), 14 (off), 20 (off) are 4 steps on and 6 steps off, one switch.
+    """
+    num_on = num_off = num_switches = 0
+    for records in by_engine(decisions).values():
+        for earlier, later in pairwise(records):
+            num_steps = max(0, later.step - earlier.step)
+            num_on += num_steps if earlier.is_on else 0
+            num_off += 0 if earlier.is_on else num_steps
+            num_switches += earlier.is_on != later.is_on
+    return SpeculationShare(num_steps_on=num_on, num_steps_off=num_off, num_switches=num_switches)
+
+
+def busy_stretches(records: Sequence[Decision]) -> list[list[Decision]]:
+    """One engine's records split where it stood idle, so that plots do not bridge the gaps."""
+    if len(records) < 2:
+        return [list(records)] if records else []
+    gaps_s = [later.time_s - earlier.time_s for earlier, later in pairwise(records)]
+    limit_s = max(MIN_IDLE_GAP_S, IDLE_GAP_FACTOR * median(gaps_s))
+    stretches = [[records[0]]]
+    for gap_s, record in zip(gaps_s, records[1:], strict=True):
+        if gap_s > limit_s:
+            stretches.append([])
+        stretches[-1].append(record)
+    return stretches
+
+
+def on_intervals(stretch: Sequence[Decision]) -> list[tuple[float, float]]:
+    """Unix-time intervals of a busy stretch in which speculation was on."""
+    intervals: list[tuple[float, float]] = []
+    for earlier, later in pairwise(stretch):
+        if not earlier.is_on:
+            continue
+        if intervals and intervals[-1][1] == earlier.time_s:
+            intervals[-1] = (intervals[-1][0], later.time_s)
+        else:
+            intervals.append((earlier.time_s, later.time_s))
+    return intervals
+
+
+def rollout_windows(events: Iterable[Event]) -> list[tuple[int | None, float, float]]:
+    """``(step, start, end)`` of every batch of rollouts, Unix seconds."""
+    windows = []
+    started: Event | None = None
+    for event in events:
+        if event.name == "rollout_start":
+            started = event
+        elif event.name == "rollout_end" and started is not None:
+            windows.append((started.step, started.time_s, event.time_s))
+            started = None
+    return windows
+
+
+def liveliest_window(
+    decisions: Sequence[Decision], windows: Sequence[tuple[int | None, float, float]]
+) -> tuple[int | None, float, float] | None:
+    """The batch with the most switches, the longest of equals; None without any records in one."""
+    best: tuple[int, float, tuple[int | None, float, float]] | None = None
+    for window in windows:
+        _, start_s, end_s = window
+        inside = [d for d in decisions if start_s <= d.time_s <= end_s]
+        if len(inside) < 2:
+            continue
+        score = (speculation_share(inside).num_switches, end_s - start_s, window)
+        if best is None or score[:2] > best[:2]:
+            best = score
+    return best[2] if best else None
