@@ -143,3 +143,12 @@ class ScoringError(SlipstreamError):
     """The scoring pool failed (a failing reward function is data, not this)."""
 
     code = "scoring_error"
+
+
+def first_error(group: BaseExceptionGroup[SlipstreamError]) -> SlipstreamError:
+    """The first leaf of what ``except* SlipstreamError`` caught: one request answers one error."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, SlipstreamError)
+    return error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
@@ -119,6 +119,10 @@ class Router:
                     else:
                         try:
                             result = await handle.generate(request)
+                        except asyncio.CancelledError:
+                            # Nobody wants the answer any more: stop the engine working on it.
+                            await self._abort_on(handle, request.request_id)
+                            raise
                         except EngineDeadError as exc:
                             self._note_death(handle, request, attempt, exc)
                             if not live.aborted:
@@ -130,7 +134,9 @@ class Router:
                     return RoutedResult(result=result, queue_s=queue_s, num_attempts=attempt)
         raise AssertionError("max_attempts is at least 1")
 
-    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
+    async def generate_stream(
+        self, request: GenerateRequest
+    ) -> AsyncGenerator[GenerateDelta, None]:
         """Deltas of one prompt as they are sampled.
 
         An engine that dies before its first delta is replaced by another; afterwards its death

@@ -1,0 +1,86 @@
+"""Reads and writes JSON bodies with pydantic's own parser, and describes them to OpenAPI.
+
+FastAPI would parse to Python objects first and validate those; a request of thousands of tokenized
+prompts is parsed several times faster, and more strictly, in one go.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+
+from rollout_server.api.errors import BodyError, HttpError
+from shared.schemas.base import ErrorResponse
+from shared.schemas.completions import CompletionRequest
+from shared.schemas.engines import ScaleRequest
+from shared.schemas.rollouts import RolloutRequest
+from shared.schemas.speculation import SpeculationPatch
+from shared.schemas.weights import PublishRequest
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+_REF_TEMPLATE = "#/components/schemas/{model}"
+_BODY_MODELS: tuple[type[BaseModel], ...] = (
+    RolloutRequest,
+    CompletionRequest,
+    PublishRequest,
+    ScaleRequest,
+    SpeculationPatch,
+    ErrorResponse,
+)
+
+
+async def read_body(request: Request, model: type[ModelT]) -> ModelT:
+    """Parse and validate the body.
+
+    Raises:
+        HttpError: 415, the body does not claim to be JSON.
+        BodyError: it is not JSON, or does not fit the model.
+        TooLargeError: from ``middleware``, above ``server.limits.max_body_bytes``.
+    """
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip().lower() != "application/json":
+        # Also keeps web pages from posting here without a preflight.
+        raise HttpError(
+            415,
+            "unsupported_media_type",
+            f"Content-Type must be application/json, not {content_type[:100]!r}",
+        )
+    body = await request.body()
+    try:
+        return model.model_validate_json(body, strict=True)
+    except ValidationError as exc:
+        raise BodyError(exc) from exc
+
+
+def json_response(model: BaseModel, status: int = 200) -> Response:
+    """A model as JSON."""
+    return Response(model.model_dump_json(), status_code=status, media_type="application/json")
+
+
+def body_of(model: type[BaseModel]) -> dict[str, Any]:
+    """``openapi_extra`` of a route that reads ``model``."""
+    schema = {"$ref": _REF_TEMPLATE.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def install_openapi(app: FastAPI) -> None:
+    """Add the body models, which FastAPI does not see, to ``/openapi.json``."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, definitions = models_json_schema(
+                [(model, "validation") for model in _BODY_MODELS], ref_template=_REF_TEMPLATE
+            )
+            components = schema.setdefault("components", {}).setdefault("schemas", {})
+            for name, definition in definitions["$defs"].items():
+                components.setdefault(name, definition)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way

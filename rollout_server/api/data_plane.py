@@ -1,0 +1,92 @@
+"""``/v1/rollouts``: submit (whole or streamed), fetch again, abort."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from rollout_server.api.bodies import body_of, read_body
+from rollout_server.api.dependencies import Service
+from rollout_server.api.errors import error_body, slipstream_error_response
+from rollout_server.api.limits import check_rollout
+from rollout_server.rollouts.execution import RolloutExecution
+from shared.schemas.rollouts import (
+    RolloutRequest,
+    RolloutResponse,
+    RolloutStatusResponse,
+    StreamLine,
+)
+from shared.types import RolloutRunState
+
+router = APIRouter(tags=["rollouts"])
+
+
+@router.post(
+    "/v1/rollouts",
+    response_model=None,
+    responses={200: {"model": RolloutResponse}},
+    openapi_extra=body_of(RolloutRequest),
+)
+async def post_rollouts(request: Request, service: Service) -> Response:
+    """Generate and score ``n`` samples per prompt.
+
+    The request goes on when the client goes away; post it again, or fetch it by its id.
+    """
+    body = await read_body(request, RolloutRequest)
+    check_rollout(body, service.config.server.limits, service.model)
+    execution = await service.rollouts.submit(body)
+    if body.stream:
+        return StreamingResponse(_lines(execution), media_type="application/x-ndjson")
+    await execution.wait()
+    if execution.error is not None:
+        return slipstream_error_response(execution.error)
+    return Response(execution.response_body(), media_type="application/json")
+
+
+@router.get(
+    "/v1/rollouts/{request_id:path}",
+    response_model=None,
+    responses={200: {"model": RolloutStatusResponse}},
+)
+async def get_rollout(request_id: str, service: Service) -> Response:
+    """State and, when finished, the result."""
+    return _status_response(service.rollouts.find(request_id))
+
+
+@router.delete(
+    "/v1/rollouts/{request_id:path}",
+    response_model=None,
+    responses={200: {"model": RolloutStatusResponse}},
+)
+async def delete_rollout(request_id: str, service: Service) -> Response:
+    """Abort; partial samples come back with ``finish_reason: abort``. Safe to repeat."""
+    return _status_response(await service.rollouts.abort(request_id))
+
+
+async def _lines(execution: RolloutExecution) -> AsyncIterator[bytes]:
+    # Group lines are joined from bytes that were encoded once; request ids need no escaping.
+    head = b'{"type":"group","request_id":"%b","group":' % execution.request_id.encode()
+    async for group in execution.groups():
+        yield head + group + b"}\n"
+    if execution.error is None:
+        last = StreamLine(type="done", request_id=execution.request_id, usage=execution.usage)
+    else:
+        error = error_body(execution.error)
+        last = StreamLine(type="error", request_id=execution.request_id, error=error)
+    yield last.model_dump_json(exclude_none=True).encode() + b"\n"
+
+
+def _status_response(execution: RolloutExecution) -> Response:
+    status = RolloutStatusResponse(
+        request_id=execution.request_id,
+        state=execution.state,
+        num_groups=execution.num_groups,
+        num_finished_groups=execution.num_finished_groups,
+        error=None if execution.error is None else error_body(execution.error),
+    )
+    content = status.model_dump_json(exclude={"result"}).encode()
+    if execution.state is RolloutRunState.FINISHED:
+        content = content[:-1] + b',"result":' + execution.response_body() + b"}"
+    return Response(content, media_type="application/json")

@@ -1,0 +1,18 @@
+"""What routes are given."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from rollout_server.service import RolloutService
+
+
+def _service(request: Request) -> RolloutService:
+    service = request.app.state.service
+    assert isinstance(service, RolloutService)
+    return service
+
+
+Service = Annotated[RolloutService, Depends(_service)]

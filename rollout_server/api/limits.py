@@ -1,0 +1,88 @@
+"""Checks of a request against ``server.limits`` and the model, before anything is touched. Pure.
+
+Token ids of prompts are checked where prompts are tokenized (``rollouts/prompts.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rollout_server.engine.protocol import ModelInfo
+from shared.config.server import LimitsConfig
+from shared.errors import InvalidRequestError, TooLargeError
+from shared.schemas.completions import CompletionRequest
+from shared.schemas.rollouts import RolloutRequest
+
+
+def check_rollout(request: RolloutRequest, limits: LimitsConfig, model: ModelInfo) -> None:
+    """Check counts and sampling of a rollout request.
+
+    Raises:
+        InvalidRequestError: a value is above its limit.
+        TooLargeError: more prompts or samples than one request may have.
+    """
+    check_counts("prompts", len(request.prompts), request.n, limits)
+    sampling = request.sampling
+    check_max_tokens("sampling.max_tokens", sampling.max_tokens, limits, model)
+    check_stop_tokens("sampling.stop_token_ids", sampling.stop_token_ids, model)
+
+
+def check_completion(request: CompletionRequest, limits: LimitsConfig, model: ModelInfo) -> None:
+    """Check counts and sampling of a completion request.
+
+    Raises:
+        InvalidRequestError: a value is above its limit, or there is no prompt.
+        TooLargeError: more prompts or samples than one request may have.
+    """
+    prompt = request.prompt
+    one_prompt = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
+    num_prompts = 1 if one_prompt else len(prompt)
+    if num_prompts == 0 or prompt == "":
+        raise InvalidRequestError("prompt is empty", param="prompt")
+    check_counts("prompt", num_prompts, request.n, limits)
+    check_max_tokens("max_tokens", request.max_tokens, limits, model)
+
+
+def check_counts(param: str, num_prompts: int, n: int, limits: LimitsConfig) -> None:
+    """Check number of prompts, samples per prompt, and their product."""
+    if n > limits.max_n:
+        raise InvalidRequestError(f"n {n} is above server.limits.max_n {limits.max_n}", param="n")
+    if num_prompts > limits.max_prompts_per_request:
+        raise TooLargeError(
+            f"{param} has {num_prompts} prompts, above server.limits.max_prompts_per_request "
+            f"{limits.max_prompts_per_request}",
+            param=param,
+        )
+    if num_prompts * n > limits.max_pending_samples:
+        # Not an overload: it would never fit, however long the caller waited.
+        raise TooLargeError(
+            f"{num_prompts} prompts with n {n} make {num_prompts * n} samples, above "
+            f"server.limits.max_pending_samples {limits.max_pending_samples}; split the request",
+            param=param,
+        )
+
+
+def check_max_tokens(param: str, max_tokens: int, limits: LimitsConfig, model: ModelInfo) -> None:
+    """Check the completion's length alone; with the prompt it is checked once tokenized."""
+    if max_tokens > limits.max_tokens:
+        raise InvalidRequestError(
+            f"{param} {max_tokens} is above server.limits.max_tokens {limits.max_tokens}",
+            param=param,
+        )
+    if max_tokens >= model.max_model_len:
+        raise InvalidRequestError(
+            f"{param} {max_tokens} leaves no room for a prompt in max_model_len "
+            f"{model.max_model_len}",
+            param=param,
+        )
+
+
+def check_stop_tokens(param: str, token_ids: Sequence[int], model: ModelInfo) -> None:
+    """Check that every stop token exists."""
+    for position, token_id in enumerate(token_ids):
+        if token_id >= model.vocab_size:
+            raise InvalidRequestError(
+                f"{param}[{position}] is {token_id}, outside the vocabulary of "
+                f"{model.vocab_size} tokens",
+                param=f"{param}.{position}",
+            )

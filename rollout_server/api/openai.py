@@ -1,0 +1,112 @@
+"""OpenAI-compatible ``/v1/models`` and ``/v1/completions``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from rollout_server.api.bodies import body_of, json_response, read_body
+from rollout_server.api.dependencies import Service
+from rollout_server.api.errors import HttpError, error_body
+from rollout_server.api.limits import check_completion
+from rollout_server.completions.job import check_model, short_name
+from shared.errors import SlipstreamError
+from shared.schemas.base import ErrorResponse
+from shared.schemas.completions import (
+    CompletionRequest,
+    CompletionResponse,
+    ModelCard,
+    ModelList,
+)
+
+router = APIRouter(tags=["openai"])
+
+STARTED = int(time.time())
+CLIENT_CLOSED_REQUEST = 499
+
+ResultT = TypeVar("ResultT")
+
+
+@router.get("/v1/models")
+async def list_models(service: Service) -> ModelList:
+    """The one served model."""
+    return ModelList(data=[_card(service)])
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(model: str, service: Service) -> ModelCard:
+    """The served model, by its id or the last component of it."""
+    check_model(model, service.model)
+    return _card(service)
+
+
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses={200: {"model": CompletionResponse}},
+    openapi_extra=body_of(CompletionRequest),
+)
+async def post_completions(request: Request, service: Service) -> Response:
+    """Complete text or token ids. When the client goes away, so does the work."""
+    body = await read_body(request, CompletionRequest)
+    check_completion(body, service.config.server.limits, service.model)
+    job = await service.completions.prepare(body)
+    if not body.stream:
+        return json_response(await _while_connected(request, service.completions.run(job)))
+    chunks = service.completions.stream(job)
+    # The first chunk is awaited here: what fails before it still gets a status of its own.
+    first = await _while_connected(request, anext(chunks))
+    return StreamingResponse(_events(first, chunks), media_type="text/event-stream")
+
+
+async def _events(
+    first: CompletionResponse, chunks: AsyncGenerator[CompletionResponse, None]
+) -> AsyncIterator[bytes]:
+    async with aclosing(chunks):
+        yield _event(first)
+        try:
+            async for chunk in chunks:
+                yield _event(chunk)
+        except SlipstreamError as exc:
+            # The status is out; OpenAI's clients raise on an event with an error.
+            error = ErrorResponse(error=error_body(exc)).model_dump_json()
+            yield b"data: %b\n\n" % error.encode()
+            return
+        yield b"data: [DONE]\n\n"
+
+
+def _event(chunk: CompletionResponse) -> bytes:
+    return b"data: %b\n\n" % chunk.model_dump_json().encode()
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """Run ``work``, or cancel it when the client disconnects."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.create_task(_disconnected(request))
+    try:
+        # Bounded by the engines' own timeouts, which end ``work``.
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise HttpError(CLIENT_CLOSED_REQUEST, "client_closed", "the client went away")
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.wait({task, watcher})
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _card(service: Service) -> ModelCard:
+    return ModelCard(
+        id=short_name(service.model), created=STARTED, max_model_len=service.model.max_model_len
+    )

@@ -1,0 +1,68 @@
+"""What the service asks of the parts it is put together from, besides the engine pool.
+
+``scoring/pool.py`` and ``weights/coordinator.py`` implement these; ``tests/fakes`` does in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from rollout_server.scoring.types import RewardResult, ScoreJob
+from shared.schemas.rollouts import ChatMessage, RewardSpec
+from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+
+
+class Scorer(Protocol):
+    """Judges finished samples in worker processes."""
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def reward_names(self) -> list[str]: ...
+
+    def validate_reward(self, spec: RewardSpec) -> None:
+        """Check name and parameters before anything is generated.
+
+        Raises:
+            InvalidRequestError: unknown reward or wrong parameters.
+        """
+        ...
+
+    async def score(self, job: ScoreJob) -> RewardResult:
+        """Never raises for a failing reward function: that is a status.
+
+        Raises:
+            ScoringError: the pool itself failed.
+        """
+        ...
+
+
+class Coordinator(Protocol):
+    """Runs weight pushes over all engines and remembers what is committed."""
+
+    @property
+    def committed_version(self) -> int: ...
+
+    async def publish(self, request: PublishRequest) -> PublishResponse: ...
+
+    def status(self) -> WeightsResponse: ...
+
+    async def close(self) -> None: ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back, with the model's own rules. Called from worker threads."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Token ids of a conversation up to where the assistant's turn begins.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or it refuses these messages.
+        """
+        ...

@@ -1,0 +1,2 @@
+"""OpenAI-compatible completions over the same router: ``job`` and ``bodies`` are pure, ``runner``
+generates."""

@@ -1,0 +1,187 @@
+"""The assembled rollout service: what the HTTP routes call. Launch code builds it; tests too.
+
+Owns the router, the registry of rollouts, the status poller, the speculation policy and the
+metrics; starts and closes the scorer and closes the coordinator. The engine pool's life belongs to
+whoever made it, because engines outlive and precede the service.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from rollout_server.collaborators import Coordinator, Scorer, Tokenizer
+from rollout_server.completions.runner import CompletionRunner
+from rollout_server.engine.protocol import EnginePool, ModelInfo
+from rollout_server.live_speculation import LiveSpeculation
+from rollout_server.metrics import MetricSources, ServiceMetrics
+from rollout_server.rollouts.execution import ExecutionParts
+from rollout_server.rollouts.registry import RolloutRegistry
+from rollout_server.rollouts.result_store import ResultStore
+from rollout_server.router.router import Router
+from rollout_server.router.strategy import READY_STATES
+from rollout_server.status_poller import StatusPoller
+from shared.config.run import RunConfig
+from shared.errors import SlipstreamError, UnavailableError
+from shared.schemas.engines import EnginesResponse
+from shared.schemas.operations import ReadyzResponse
+from shared.schemas.speculation import SpeculationPolicy
+from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+
+MIB = 1024 * 1024
+
+
+class RolloutService:
+    """One per server process.
+
+    Args:
+        config: the validated configuration.
+        pool: the engines; they may still be starting.
+        scoring: judges samples.
+        coordinator: runs weight pushes over ``pool``.
+        tokenizer: the served model's.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        pool: EnginePool,
+        scoring: Scorer,
+        coordinator: Coordinator,
+        tokenizer: Tokenizer,
+    ) -> None:
+        server = config.server
+        self.config = config
+        self._pool = pool
+        self._scoring = scoring
+        self._coordinator = coordinator
+        self.live_speculation = LiveSpeculation(pool, config.speculation)
+        self.router = Router(
+            pool,
+            max_pending_samples=server.limits.max_pending_samples,
+            max_samples_per_engine=server.dispatch_depth * config.engine.max_num_seqs,
+            engine_wait_timeout_s=server.engine_wait_timeout_s,
+            max_attempts=server.max_generate_attempts,
+            kv_cache_usage=lambda engine_id: self.status_poller.kv_cache_usage(engine_id),
+        )
+        self.status_poller = StatusPoller(
+            pool,
+            interval_s=server.status_poll_s,
+            num_reserved=self.router.num_reserved,
+            on_tick=self._on_tick,
+        )
+        self.metrics = ServiceMetrics(
+            MetricSources(
+                accounts=self.router.accounts,
+                num_queued_samples=lambda: self.router.num_queued_samples,
+                num_retries=lambda: self.router.num_retries,
+                committed_version=lambda: coordinator.committed_version,
+                target_count=lambda: pool.target_count,
+                statuses=self.status_poller.statuses,
+                speculation=self.status_poller.speculation,
+            )
+        )
+        self.rollouts = RolloutRegistry(
+            parts=ExecutionParts(
+                router=self.router,
+                scorer=scoring,
+                committed_version=lambda: coordinator.committed_version,
+                on_group=self.metrics.observe_group,
+            ),
+            tokenizer=tokenizer,
+            model=pool.model,
+            store=ResultStore(ttl_s=server.result_ttl_s, max_bytes=server.result_store_mib * MIB),
+        )
+        self.completions = CompletionRunner(
+            router=self.router,
+            tokenizer=tokenizer,
+            model=pool.model,
+            on_tokens=self.metrics.observe_tokens,
+        )
+
+    @property
+    def model(self) -> ModelInfo:
+        """The served model."""
+        return self._pool.model
+
+    @property
+    def speculation_policy(self) -> SpeculationPolicy:
+        """What engines that join now must start with."""
+        return self.live_speculation.policy
+
+    async def start(self) -> None:
+        """Start scoring, routing and polling. Engines need not be there yet."""
+        await self._scoring.start()
+        await self.router.start()
+        await self.status_poller.start()
+
+    async def close(self) -> None:
+        """End everything within about ``server.shutdown_timeout_s``. Idempotent."""
+        await self.rollouts.close(self.config.server.shutdown_timeout_s)
+        await self.router.close()
+        await self.status_poller.close()
+        await self._coordinator.close()
+        await self._scoring.close()
+
+    def engines(self) -> EnginesResponse:
+        """Every engine as of the last status poll."""
+        return EnginesResponse(
+            target_count=self._pool.target_count, engines=self.status_poller.statuses()
+        )
+
+    async def scale(self, count: int) -> EnginesResponse:
+        """Ask for ``count`` engines; they start and drain in the background.
+
+        Raises:
+            InvalidRequestError: above ``engine.max_count``.
+        """
+        await self._pool.scale(count)
+        self.router.wake()
+        return self.engines()
+
+    async def publish(self, request: PublishRequest) -> PublishResponse:
+        """Run a weight push.
+
+        Raises:
+            ConflictError: wrong base version.
+            WeightTransferError: the push was refused or an engine failed.
+        """
+        started_s = monotonic()
+        try:
+            response = await self._coordinator.publish(request)
+        except SlipstreamError:
+            self.metrics.observe_push(None)
+            raise
+        self.metrics.observe_push(monotonic() - started_s)
+        self.router.wake()
+        return response
+
+    def weights(self) -> WeightsResponse:
+        """Committed version, per-engine versions, history."""
+        return self._coordinator.status()
+
+    def reward_names(self) -> list[str]:
+        """Names a request may ask for."""
+        return self._scoring.reward_names()
+
+    def readiness(self) -> ReadyzResponse:
+        """How many engines take requests.
+
+        Raises:
+            UnavailableError: none does.
+        """
+        engines = self._pool.engines()
+        num_ready = sum(engine.state in READY_STATES for engine in engines)
+        if num_ready == 0:
+            states = ", ".join(f"{engine.engine_id} {engine.state.value}" for engine in engines)
+            raise UnavailableError(
+                f"0 of {self._pool.target_count} engines are ready (engines: {states or 'none'})"
+            )
+        return ReadyzResponse(
+            num_ready_engines=num_ready,
+            num_engines=len(engines),
+            target_count=self._pool.target_count,
+        )
+
+    def _on_tick(self) -> None:
+        self.rollouts.sweep()
+        self.router.wake()

@@ -1,0 +1,139 @@
+"""Keeps the latest status of every engine, so that nobody who needs it waits for an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+from rollout_server.engine.protocol import EngineHandle, EnginePool
+from shared.errors import EngineDeadError, EngineError
+from shared.schemas.engines import EngineStatus
+from shared.schemas.speculation import EngineSpeculation
+from shared.types import DrafterScheme, EngineState
+
+LOGGER = logging.getLogger(__name__)
+
+NO_HISTORY_STEP = 2**62
+"""A ``since_step`` after every step: the report comes without its history."""
+
+SILENT_STATES = frozenset({EngineState.STARTING, EngineState.DEAD})
+"""States in which an engine has nothing to say."""
+
+
+class StatusPoller:
+    """Asks each engine for itself: one that hangs does not hold up the others' figures."""
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        *,
+        interval_s: float,
+        num_reserved: Callable[[str], int],
+        on_tick: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._interval_s = interval_s
+        self._num_reserved = num_reserved
+        self._on_tick = on_tick
+        self._statuses: dict[str, EngineStatus] = {}
+        self._speculation: dict[str, EngineSpeculation] = {}
+        self._errors: dict[str, str] = {}
+        self._polls: dict[str, asyncio.Task[None]] = {}
+        self._loop_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start polling."""
+        self._loop_task = asyncio.create_task(self._run(), name="status-poller")
+
+    async def close(self) -> None:
+        """Stop. Idempotent."""
+        tasks = [*self._polls.values()]
+        if self._loop_task is not None:
+            tasks.append(self._loop_task)
+            self._loop_task = None
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+        self._polls.clear()
+
+    def statuses(self) -> list[EngineStatus]:
+        """One record per engine of the pool: the last poll, with state and reservations of now."""
+        return [self._status_of(engine) for engine in self._pool.engines()]
+
+    def speculation(self) -> list[EngineSpeculation]:
+        """Last reports, without history, of the engines that gave one."""
+        known = (self._speculation.get(engine.engine_id) for engine in self._pool.engines())
+        return [report for report in known if report is not None]
+
+    def kv_cache_usage(self, engine_id: str) -> float:
+        """Fraction 0..1 as of the last poll; 0 when there was none."""
+        status = self._statuses.get(engine_id)
+        return 0.0 if status is None else status.kv_cache_usage
+
+    async def _run(self) -> None:
+        while True:
+            engines = {engine.engine_id: engine for engine in self._pool.engines()}
+            for cache in (self._statuses, self._speculation, self._errors):
+                for engine_id in cache.keys() - engines.keys():
+                    del cache[engine_id]
+            self._polls = {name: task for name, task in self._polls.items() if not task.done()}
+            for engine_id, engine in engines.items():
+                if engine_id not in self._polls and engine.state not in SILENT_STATES:
+                    self._polls[engine_id] = asyncio.create_task(
+                        self._poll(engine), name=f"status {engine_id}"
+                    )
+            self._on_tick()
+            await asyncio.sleep(self._interval_s)
+
+    async def _poll(self, engine: EngineHandle) -> None:
+        engine_id = engine.engine_id
+        try:
+            self._statuses[engine_id] = await engine.status()
+            self._speculation[engine_id] = await engine.speculation(NO_HISTORY_STEP)
+            self._errors.pop(engine_id, None)
+        except EngineDeadError as exc:
+            self._errors[engine_id] = exc.message
+        except EngineError as exc:
+            # Slow or busy; the last figures stand until it answers again.
+            LOGGER.warning("status of engine %s failed: %s", engine_id, exc.message)
+
+    def _status_of(self, engine: EngineHandle) -> EngineStatus:
+        engine_id = engine.engine_id
+        error = self._errors.get(engine_id)
+        last = self._statuses.get(engine_id) or _unknown_status(engine)
+        return last.model_copy(
+            update={
+                "state": engine.state if error is None else EngineState.DEAD,
+                "error": error or last.error,
+                "num_reserved": self._num_reserved(engine_id),
+            }
+        )
+
+
+def _unknown_status(engine: EngineHandle) -> EngineStatus:
+    """Of an engine that has not answered yet (it starts): zeros."""
+    return EngineStatus(
+        engine_id=engine.engine_id,
+        state=engine.state,
+        pid=None,
+        cpu_cores=None,
+        target_version=engine.committed_version,
+        drafter_version=0,
+        drafter_scheme=DrafterScheme.AUTO,
+        num_running_reqs=0,
+        num_waiting_reqs=0,
+        kv_cache_usage=0.0,
+        num_kv_blocks=0,
+        block_size=0,
+        max_model_len=0,
+        num_generation_tokens=0,
+        num_prompt_tokens=0,
+        num_preemptions=0,
+        num_reserved=0,
+        start_up_s=0.0,
+        uptime_s=0.0,
+    )

@@ -1,0 +1,216 @@
+"""An engine in memory: deterministic tokens, and knobs to block, fail, die and delay."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from rollout_server.engine.protocol import (
+    GenerateDelta,
+    GeneratedSample,
+    GenerateRequest,
+    GenerateResult,
+)
+from shared.errors import EngineDeadError, EngineError
+from shared.schemas.engines import EngineStatus
+from shared.schemas.rollouts import WeightVersionSpan
+from shared.schemas.speculation import EngineSpeculation, SpeculationPatch, SpeculationStep
+from shared.schemas.weights import EngineCommitTimings, WeightManifest
+from shared.types import DrafterScheme, EngineState, FinishReason, SpeculationReason
+
+VOCAB_SIZE = 256
+NUM_TOKENS = 6
+"""Tokens of a completion that is not cut short by ``max_tokens``."""
+
+
+def fake_tokens(prompt_token_ids: list[int], sample_index: int, max_tokens: int) -> list[int]:
+    """Lower-case letters that depend on the prompt and the sample only."""
+    start = sum(prompt_token_ids) + 7 * sample_index
+    return [97 + (start + 3 * i) % 26 for i in range(min(NUM_TOKENS, max_tokens))]
+
+
+@dataclass(eq=False)
+class FakeEngine:
+    """Implements ``EngineHandle``. Clear ``unblocked`` and generation hangs until it is set."""
+
+    engine_id: str
+    state: EngineState = EngineState.SERVING
+    committed_version: int = 0
+    delay_s: float = 0.0
+    fail_with: EngineError | None = None
+    """Raised by the next calls of generate, status and speculation."""
+    dies_on_generate: bool = False
+    unblocked: asyncio.Event = field(default_factory=asyncio.Event)
+    requests: list[GenerateRequest] = field(default_factory=list)
+    patches: list[SpeculationPatch] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    num_running: int = 0
+    max_running: int = 0
+    """Most samples held at once."""
+
+    def __post_init__(self) -> None:
+        self.unblocked.set()
+        self._abort_events: dict[str, asyncio.Event] = {}
+
+    def die(self) -> None:
+        """Every present and later call raises ``EngineDeadError``."""
+        self.state = EngineState.DEAD
+        for event in self._abort_events.values():
+            event.set()
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        was_aborted = await self._work(request)
+        samples = [self._sample(request, index, was_aborted) for index in range(request.n)]
+        return GenerateResult(engine_id=self.engine_id, samples=samples, generate_s=0.01)
+
+    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
+        await self._work(request)
+        for index in range(request.n):
+            sample = self._sample(request, index, was_aborted=False)
+            last = len(sample.token_ids) - 1
+            for position, token_id in enumerate(sample.token_ids):
+                if self.dies_on_generate and position == 2:
+                    self.die()
+                self._raise_if_failing()
+                yield GenerateDelta(
+                    engine_id=self.engine_id,
+                    sample_index=index,
+                    token_ids=[token_id],
+                    logprobs=[sample.logprobs[position]],
+                    text=chr(token_id),
+                    finish_reason=sample.finish_reason if position == last else None,
+                    weight_versions=sample.weight_versions if position == last else None,
+                )
+                await asyncio.sleep(self.delay_s)
+
+    async def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        if request_id in self._abort_events:
+            self._abort_events[request_id].set()
+
+    async def status(self) -> EngineStatus:
+        self._raise_if_failing()
+        return EngineStatus(
+            engine_id=self.engine_id,
+            state=self.state,
+            pid=1,
+            cpu_cores=None,
+            target_version=self.committed_version,
+            drafter_version=self.committed_version,
+            drafter_scheme=DrafterScheme.INT8,
+            num_running_reqs=self.num_running,
+            num_waiting_reqs=0,
+            kv_cache_usage=0.25,
+            num_kv_blocks=100,
+            block_size=16,
+            max_model_len=1024,
+            num_generation_tokens=10,
+            num_prompt_tokens=5,
+            num_preemptions=0,
+            num_reserved=0,
+            start_up_s=1.0,
+            uptime_s=2.0,
+        )
+
+    async def speculation(self, since_step: int) -> EngineSpeculation:
+        self._raise_if_failing()
+        steps = [
+            SpeculationStep(
+                step=step,
+                time_s=float(step),
+                kv_cache_usage=0.1,
+                num_running_reqs=1,
+                num_waiting_reqs=0,
+                num_speculative_tokens=4,
+                reason=SpeculationReason.BELOW_THRESHOLD,
+            )
+            for step in range(1, 11)
+            if step > since_step
+        ]
+        return EngineSpeculation(
+            engine_id=self.engine_id,
+            enabled=True,
+            num_speculative_tokens=4,
+            reason=SpeculationReason.BELOW_THRESHOLD,
+            kv_cache_usage=0.25,
+            num_steps=10,
+            num_steps_on=10,
+            num_switches=0,
+            num_drafts=10,
+            num_draft_tokens=40,
+            num_accepted_tokens=30,
+            num_accepted_tokens_per_pos=[10, 8, 7, 5],
+            mean_acceptance_length=4.0,
+            history=steps,
+        )
+
+    async def set_speculation(self, patch: SpeculationPatch) -> None:
+        self._raise_if_failing()
+        self.patches.append(patch)
+
+    async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
+        return 0.0
+
+    async def commit(self, version: int) -> EngineCommitTimings:
+        self.committed_version = version
+        return EngineCommitTimings(
+            engine_id=self.engine_id,
+            stage_s=0.0,
+            pause_s=0.0,
+            load_s=0.0,
+            requantize_s=0.0,
+            resume_s=0.0,
+            paused_s=0.0,
+        )
+
+    async def discard(self, version: int) -> None:
+        return None
+
+    async def _work(self, request: GenerateRequest) -> bool:
+        """Takes as long as the knobs say. True when the request was aborted meanwhile."""
+        self.requests.append(request)
+        aborted = self._abort_events.setdefault(request.request_id, asyncio.Event())
+        self.num_running += request.n
+        self.max_running = max(self.max_running, self.num_running)
+        try:
+            if self.dies_on_generate and self.state is not EngineState.DEAD and self.delay_s == 0:
+                await asyncio.sleep(0)
+            self._raise_if_failing()
+            waits = [asyncio.create_task(event.wait()) for event in (aborted, self.unblocked)]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            await asyncio.sleep(self.delay_s)
+            self._raise_if_failing()
+            return aborted.is_set()
+        finally:
+            self.num_running -= request.n
+            del self._abort_events[request.request_id]
+
+    def _raise_if_failing(self) -> None:
+        if self.state is EngineState.DEAD:
+            raise EngineDeadError(f"engine {self.engine_id} is dead")
+        if self.fail_with is not None:
+            raise self.fail_with
+
+    def _sample(self, request: GenerateRequest, index: int, was_aborted: bool) -> GeneratedSample:
+        max_tokens = request.sampling.max_tokens
+        token_ids = fake_tokens(request.prompt_token_ids, index, max_tokens)
+        if was_aborted:
+            token_ids = token_ids[: len(token_ids) // 2]
+            reason = FinishReason.ABORT
+        else:
+            reason = FinishReason.LENGTH if len(token_ids) == max_tokens else FinishReason.STOP
+        return GeneratedSample(
+            sample_index=index,
+            token_ids=token_ids,
+            logprobs=[-0.5] * len(token_ids),
+            text="".join(chr(token_id) for token_id in token_ids),
+            finish_reason=reason,
+            weight_versions=[
+                WeightVersionSpan(version=self.committed_version, start=0, end=len(token_ids))
+            ],
+            num_draft_tokens=4,
+            num_accepted_tokens=3,
+        )

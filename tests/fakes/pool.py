@@ -1,0 +1,37 @@
+"""An engine pool in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rollout_server.engine.protocol import ModelInfo
+from shared.errors import InvalidRequestError
+from tests.fakes.engine import VOCAB_SIZE, FakeEngine
+
+
+class FakePool:
+    """Implements ``EnginePool``; tests change ``members`` at will."""
+
+    def __init__(
+        self,
+        members: Sequence[FakeEngine],
+        *,
+        max_num_speculative_tokens: int = 8,
+        max_model_len: int = 1024,
+    ) -> None:
+        self.members = list(members)
+        self.model = ModelInfo(
+            model_id="models/tiny", vocab_size=VOCAB_SIZE, max_model_len=max_model_len
+        )
+        self.target_count = len(self.members)
+        self.max_num_speculative_tokens = max_num_speculative_tokens
+
+    def engines(self) -> Sequence[FakeEngine]:
+        return tuple(self.members)
+
+    async def scale(self, count: int) -> None:
+        if count > 4:
+            raise InvalidRequestError(f"count {count} is above engine.max_count 4", param="count")
+        self.target_count = count
+        while len(self.members) < count:
+            self.members.append(FakeEngine(f"engine-{len(self.members)}"))
