@@ -66,7 +66,8 @@ fi
 say "tools for tests and types"
 pip_install --no-deps -r $lock/dev.txt
 say "slipstream itself"
-pip_install --no-deps --no-build-isolation -e .
+# compat: one path entry, so that packages added later are found without installing again.
+pip_install --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
 
 say "checking that vLLM imports"
 if ! check=$(timeout 300 $venv/bin/python -c 'from vllm import LLM' 2>&1); then
