@@ -1,4 +1,6 @@
-"""Gives the drafter (a vLLM model) the target's own tensors and KV cache: only quantized weights are its own.
+"""Gives the drafter (a vLLM model) the target's own tensors and KV cache.
+
+Only quantized weights are its own.
 
 Leans on (vLLM 0.32.0): ``Attention.kv_sharing_target_layer_name``, read by
 ``GPUModelRunner.get_kv_cache_spec`` (a layer that names a target gets no KV of its own and is bound

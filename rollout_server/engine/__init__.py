@@ -1,1 +1,1 @@
-"""Ray actors around vLLM's ``AsyncLLM``, their lifecycle, and the plugin inside vLLM's processes."""
+"""Ray actors around vLLM's ``AsyncLLM``, their lifecycle, the plugin in vLLM's processes."""

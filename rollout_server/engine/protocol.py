@@ -1,7 +1,7 @@
 """What the rest of the server may ask of an engine, and the records that travel.
 
-``router/``, ``api/`` and ``weights/`` know engines only through ``EngineHandle``; ``engine/pool.py``
-implements it over Ray, ``tests/fakes/engine.py`` in memory.
+``router/``, ``api/`` and ``weights/`` know engines only through ``EngineHandle``;
+``engine/handle.py`` implements it over Ray, ``tests/fakes/engine.py`` in memory.
 """
 
 from __future__ import annotations

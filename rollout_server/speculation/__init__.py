@@ -1,1 +1,1 @@
-"""When to draft, and how much: a pure controller, and the vLLM scheduler that asks it every step."""
+"""When to draft, and how much: a pure controller, and the vLLM scheduler that asks it."""

@@ -6,7 +6,7 @@ The KV gate is a two-state machine::
     CLOSED --(usage < threshold - hysteresis, after min_dwell_steps)---------> OPEN
 
 Closing is immediate, because above the threshold speculation costs the users of the engine.
-Opening is slow: the hysteresis and the dwell keep a load that hovers at the threshold from flapping.
+Opening is slow: hysteresis and dwell keep a load that hovers at the threshold from flapping.
 
 Under an open gate a ``DraftLengthRule`` chooses the length. ``FixedDraftLength`` is the rule of the
 mode ``kv_gate``; a cost model is another rule with the same shape.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from shared.schemas.speculation import SpeculationPatch, SpeculationPolicy
+from shared.schemas.speculation import SpeculationPolicy
 from shared.types import SpeculationMode, SpeculationReason
 
 
@@ -119,8 +119,3 @@ class SpeculationController:
 
 def _no_draft(reason: SpeculationReason) -> SpeculationDecision:
     return SpeculationDecision(num_speculative_tokens=0, reason=reason)
-
-
-def apply_patch(policy: SpeculationPolicy, patch: SpeculationPatch) -> SpeculationPolicy:
-    """The policy with the patch's given fields in place."""
-    return policy.model_copy(update=patch.model_dump(exclude_none=True))

@@ -3,8 +3,8 @@
 Also keys the prefix cache by weight version, so that KV computed under old weights is never found
 by a request that starts, or restarts, under new ones.
 
-Leans on (vLLM 0.32.0): ``AsyncScheduler``; ``Scheduler.dynamic_sd_lookup``, read once per
-``schedule()`` as ``lookup[num_scheduled_requests]`` after KV slots were allocated;
+Leans on (vLLM 0.32.0): ``Scheduler`` (CPU, where vLLM schedules synchronously) and
+``AsyncScheduler`` (CUDA); ``Scheduler.dynamic_sd_lookup``, read once per ``schedule()`` as ``lookup[num_scheduled_requests]`` after KV slots were allocated;
 ``Scheduler.make_spec_decoding_stats``; ``Request.cache_salt``, ``block_hashes`` and
 ``update_block_hashes``; ``Scheduler._preempt_request``.
 """
@@ -15,42 +15,31 @@ import time
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from rollout_server.engine.vllm_plugin.settings import plugin_settings
 from rollout_server.speculation.controller import (
     EngineLoadSample,
     SpeculationController,
-    apply_patch,
 )
+from rollout_server.speculation.policy import apply_patch, initial_policy
 from rollout_server.speculation.recorder import SpeculationRecorder
-from shared.config.speculation import SpeculationConfig
-from shared.schemas.speculation import EngineSpeculation, SpeculationPatch, SpeculationPolicy
-
-
-def initial_policy(config: SpeculationConfig) -> SpeculationPolicy:
-    """The policy an engine starts with."""
-    return SpeculationPolicy(
-        mode=config.mode,
-        num_speculative_tokens=config.num_speculative_tokens,
-        kv_cache_threshold=config.kv_cache_threshold,
-        kv_cache_hysteresis=config.kv_cache_hysteresis,
-        min_dwell_steps=config.min_dwell_steps,
-    )
+from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 
 
 class _DraftLengthLookup:
     """Stands where vLLM keeps its batch-size table; indexing it makes this step's decision."""
 
-    def __init__(self, scheduler: SlipstreamScheduler) -> None:
+    def __init__(self, scheduler: _SlipstreamScheduling) -> None:
         self._scheduler = scheduler
 
     def __getitem__(self, num_scheduled_reqs: int) -> int:
         return self._scheduler.decide_draft_length()
 
 
-class SlipstreamScheduler(AsyncScheduler):
-    """Configured as ``scheduler_cls`` of every engine."""
+class _SlipstreamScheduling(Scheduler):
+    """What both schedulers below have in common. Cooperative: comes first in their bases."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -143,3 +132,11 @@ class SlipstreamScheduler(AsyncScheduler):
         new_token_ids, stopped = super()._update_request_with_output(request, *args, **kwargs)
         self.num_generation_tokens += len(new_token_ids)
         return new_token_ids, stopped
+
+
+class SlipstreamScheduler(_SlipstreamScheduling):
+    """``scheduler_cls`` of engines that schedule synchronously."""
+
+
+class SlipstreamAsyncScheduler(_SlipstreamScheduling, AsyncScheduler):
+    """``scheduler_cls`` of engines that schedule one step ahead of the GPU."""

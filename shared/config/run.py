@@ -57,6 +57,8 @@ class RunConfig(SettingsModel):
 
     @model_validator(mode="after")
     def completion_fits_the_context(self) -> Self:
+        if "sampling" not in self.trainer.model_fields_set:
+            return self  # a server's configuration need not care about the trainer's defaults
         limit = self.model.max_model_len
         wanted = self.trainer.sampling.max_tokens
         if limit is not None and wanted >= limit:

@@ -46,8 +46,9 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
     Symbol("vllm.v1.spec_decode.draft_model", "DraftModelProposer._sample_draft_tokens"),
     Symbol("vllm.v1.spec_decode.draft_model", "DraftModelProposer._create_draft_vllm_config"),
     Symbol("vllm.v1.spec_decode.draft_model", "DraftModelProposer.initialize_attn_backend"),
-    Symbol("vllm.v1.core.sched.async_scheduler", "AsyncScheduler._preempt_request"),
-    Symbol("vllm.v1.core.sched.async_scheduler", "AsyncScheduler._update_request_with_output"),
+    Symbol("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request"),
+    Symbol("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
+    Symbol("vllm.v1.core.sched.scheduler", "Scheduler._update_request_with_output"),
     Symbol(
         "vllm.v1.core.sched.scheduler",
         "Scheduler.make_spec_decoding_stats",

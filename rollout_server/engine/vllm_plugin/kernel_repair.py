@@ -1,8 +1,8 @@
 """Repairs one kernel of vLLM 0.32.0's CPU build, without which speculation is not lossless.
 
 ``vllm.utils.cpu_triton_utils._expand_kernel_impl`` converts its output to int64 before the C++
-kernel writes it, so the kernel fills a temporary and the float output (per-token temperature, top-k,
-top-p of the rejection sampler) stays uninitialised memory: at temperature > 0 target logits become
+kernel writes it, so the kernel fills a temporary and the float output (per-token temperature,
+top-k, top-p of the rejection sampler) stays uninitialised memory: at temperature > 0 target logits become
 NaN. Greedy decoding does not show it.
 
 Removal check: when ``tests/integration/test_kernel_repair.py::test_stock_kernel_is_still_broken``

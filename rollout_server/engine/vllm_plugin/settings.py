@@ -1,4 +1,4 @@
-"""What the server tells the plugin inside vLLM's processes, carried by ``VllmConfig.additional_config``."""
+"""Settings for the plugin in vLLM's processes, carried by ``VllmConfig.additional_config``."""
 
 from __future__ import annotations
 

@@ -1,0 +1,218 @@
+"""Hosts one vLLM ``AsyncLLM``. A plain class; ``engine/cluster.py`` makes it a Ray actor.
+
+Calls that change the engine (stage, commit) are serialized by the weight coordinator; generation,
+status and speculation calls run concurrently on the actor's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from rollout_server.engine.arguments import EngineSpec, vllm_arguments
+from rollout_server.engine.outputs import (
+    sampling_arguments,
+    to_generated_sample,
+    token_logprobs,
+    version_spans,
+)
+from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
+from rollout_server.weights.expectation import check_against_model, expected_tensors
+from shared.errors import EngineDeadError, EngineError, InvalidRequestError, WeightCommitError
+from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
+from shared.schemas.weights import EngineCommitTimings, WeightManifest
+from shared.types import FinishReason, PauseMode
+
+WARM_UP_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFacts:
+    """What is known of an engine once it has started."""
+
+    pid: int
+    child_pids: tuple[int, ...]
+    num_kv_blocks: int
+    block_size: int
+    max_model_len: int
+    vocab_size: int
+    start_up_s: float
+    drafter_bytes: int
+
+
+class EngineActor:
+    """One rollout engine. ``start`` returns only after a warm-up generation."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self._spec = spec
+        self._llm: Any = None
+        self._current_version = 0
+
+    async def start(self) -> EngineFacts:
+        """Load the model, build the drafter, warm up.
+
+        Raises:
+            EngineError: with vLLM's reason.
+        """
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        started = time.perf_counter()
+        try:
+            arguments = AsyncEngineArgs(**vllm_arguments(self._spec))
+            # Building blocks for seconds: off the event loop, so that the actor stays reachable.
+            self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+            await self._core("slipstream_set_weight_versions", 0, 0)
+            await self._warm_up()
+            memory = await self._llm.collective_rpc("slipstream_memory")
+        except Exception as exc:
+            # Boundary to vLLM: whatever stopped the start is reported as one error of ours.
+            raise EngineError(f"engine {self._spec.engine_id} did not start: {exc}") from exc
+        config = self._llm.vllm_config
+        return EngineFacts(
+            pid=os.getpid(),
+            child_pids=tuple(child.pid for child in psutil.Process().children(recursive=True)),
+            num_kv_blocks=int(config.cache_config.num_gpu_blocks or 0),
+            block_size=int(config.cache_config.block_size),
+            max_model_len=int(config.model_config.max_model_len),
+            vocab_size=int(config.model_config.get_vocab_size()),
+            start_up_s=time.perf_counter() - started,
+            drafter_bytes=sum(rank["drafter_bytes"] for rank in memory),
+        )
+
+    async def _warm_up(self) -> None:
+        """The first request after a start is slow; nobody's rollout should be it."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(max_tokens=WARM_UP_TOKENS, ignore_eos=True, temperature=1.0)
+        async for _ in self._llm.generate({"prompt_token_ids": [0]}, parameters, "warm-up"):
+            pass
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """All samples of one prompt."""
+        started = time.perf_counter()
+        final: Any = None
+        async for output in self._outputs(request, streaming=False):
+            final = output
+        assert final is not None, "vLLM ended a request without an output"
+        samples = [to_generated_sample(output, self._current_version) for output in final.outputs]
+        return GenerateResult(
+            engine_id=self._spec.engine_id,
+            samples=sorted(samples, key=lambda sample: sample.sample_index),
+            generate_s=time.perf_counter() - started,
+        )
+
+    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
+        """The same, token by token."""
+        async for output in self._outputs(request, streaming=True):
+            for completion in output.outputs:
+                finish = completion.finish_reason
+                token_ids = list(completion.token_ids)
+                yield GenerateDelta(
+                    engine_id=self._spec.engine_id,
+                    sample_index=completion.index,
+                    token_ids=token_ids,
+                    logprobs=token_logprobs(completion.logprobs, len(token_ids)),
+                    text=completion.text,
+                    finish_reason=None if finish is None else FinishReason(finish),
+                    weight_versions=None
+                    if finish is None
+                    else version_spans(completion, self._current_version),
+                )
+
+    async def _outputs(self, request: GenerateRequest, streaming: bool) -> AsyncIterator[Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+        kind = RequestOutputKind.DELTA if streaming else RequestOutputKind.FINAL_ONLY
+        try:
+            parameters = SamplingParams(
+                **sampling_arguments(request.sampling, request.n), output_kind=kind
+            )
+            async for output in self._llm.generate(
+                {"prompt_token_ids": request.prompt_token_ids}, parameters, request.request_id
+            ):
+                yield output
+        except VllmEngineDeadError as exc:
+            raise EngineDeadError(f"engine {self._spec.engine_id} died: {exc}") from exc
+        except ValueError as exc:
+            # vLLM's own validation, for what ours does not know.
+            raise InvalidRequestError(str(exc)) from exc
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its ``generate`` returns what there is."""
+        await self._llm.abort(request_id)
+
+    async def load(self) -> dict[str, Any]:
+        """Load and counters, straight from the engine core."""
+        load: dict[str, Any] = await self._core("slipstream_load")
+        return load
+
+    async def speculation(self, since_step: int) -> EngineSpeculation:
+        report = await self._core("slipstream_speculation", since_step)
+        return EngineSpeculation.model_validate_json(report)
+
+    async def set_speculation(self, patch: SpeculationPatch) -> None:
+        await self._core("slipstream_patch_speculation", patch.model_dump_json())
+
+    async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
+        """Check a verified file against the model and map it in every rank. Seconds."""
+        started = time.perf_counter()
+        check_against_model(manifest, expected_tensors(self._spec.model.path))
+        await self._llm.collective_rpc("slipstream_stage", args=(version, path))
+        return time.perf_counter() - started
+
+    async def discard(self, version: int) -> None:
+        await self._llm.collective_rpc("slipstream_discard", args=(version,))
+
+    async def commit(self, version: int, pause_mode: PauseMode) -> EngineCommitTimings:
+        """Pause, load the target, requantize the drafter, set both versions, resume.
+
+        Raises:
+            WeightCommitError: the engine is left paused and poisoned; it must not be used again.
+        """
+        clock = time.perf_counter
+        started = clock()
+        try:
+            core = self._llm.engine_core
+            await core.pause_scheduler_async(mode=pause_mode.value, clear_cache=False)
+            paused = clock()
+            ranks = await self._llm.collective_rpc("slipstream_load", args=(version,))
+            await self._core("slipstream_set_weight_versions", version, version)
+            self._current_version = version
+            loaded = clock()
+            await core.resume_scheduler_async()
+        except Exception as exc:
+            # Anything in here may leave half-loaded weights behind: never resume, never reuse.
+            raise WeightCommitError(
+                f"engine {self._spec.engine_id} failed to commit version {version}: {exc}"
+            ) from exc
+        finished = clock()
+        return EngineCommitTimings(
+            engine_id=self._spec.engine_id,
+            stage_s=0.0,
+            pause_s=paused - started,
+            load_s=max(rank["load_s"] for rank in ranks),
+            requantize_s=max(rank["requantize_s"] for rank in ranks),
+            resume_s=finished - loaded,
+            paused_s=finished - started,
+        )
+
+    async def shutdown(self) -> None:
+        """Stop vLLM's processes."""
+        if self._llm is not None:
+            # On the event loop: vLLM cancels its output handler, which lives there, first.
+            self._llm.shutdown()
+            self._llm = None
+
+    async def _core(self, method: str, *args: Any) -> Any:
+        if self._llm is None:
+            raise EngineDeadError(f"engine {self._spec.engine_id} is not running")
+        return await self._llm.engine_core.call_utility_async(method, *args)

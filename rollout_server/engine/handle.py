@@ -1,0 +1,246 @@
+"""``EngineHandle`` over a Ray actor: state, timeouts, and Ray's and vLLM's errors turned into ours."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any
+
+import psutil
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rollout_server.drafter.plan import resolve_scheme
+from rollout_server.engine.actor import EngineFacts
+from rollout_server.engine.arguments import EngineSpec
+from rollout_server.engine.lifecycle import EngineLifecycle
+from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
+from shared.config.server import WeightsConfig
+from shared.errors import EngineDeadError, EngineError, SlipstreamError, WeightCommitError
+from shared.schemas.engines import EngineStatus
+from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
+from shared.schemas.weights import EngineCommitTimings, WeightManifest
+from shared.types import DrafterScheme, EngineState
+
+CONTROL_TIMEOUT_S = 30.0
+"""For calls that only read or set something between two engine steps."""
+
+
+class RayEngineHandle:
+    """One engine. Implements ``engine.protocol.EngineHandle``."""
+
+    def __init__(self, spec: EngineSpec, actor: Any, weights: WeightsConfig) -> None:
+        self.spec = spec
+        self._actor = actor
+        self._weights = weights
+        self._lifecycle = EngineLifecycle()
+        self._facts: EngineFacts | None = None
+        self._committed_version = 0
+        self._stage_s: dict[int, float] = {}
+        self._created_s = time.monotonic()
+
+    @property
+    def engine_id(self) -> str:
+        return self.spec.engine_id
+
+    @property
+    def state(self) -> EngineState:
+        return self._lifecycle.state
+
+    @property
+    def error(self) -> str | None:
+        return self._lifecycle.error
+
+    @property
+    def committed_version(self) -> int:
+        return self._committed_version
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """Known once the engine has started."""
+        return self._facts
+
+    async def start(self) -> EngineFacts:
+        """Load and warm up; the state stays STARTING until the pool says SERVING.
+
+        Raises:
+            EngineError: vLLM's reason, or ``engine.start_timeout_s`` passed.
+        """
+        self._facts = await self._call(
+            self._actor.start.remote(), "to start", self.spec.engine.start_timeout_s
+        )
+        assert self._facts is not None
+        return self._facts
+
+    def serve(self) -> None:
+        """STARTING -> SERVING: warmed up and on the committed version."""
+        self._lifecycle.move(EngineState.SERVING)
+
+    def begin_drain(self) -> None:
+        """No new requests from here on."""
+        self._lifecycle.move(EngineState.DRAINING)
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        self._check_alive()
+        result: GenerateResult = await self._call(
+            self._actor.generate.remote(request),
+            f"to generate {request.request_id}",
+            self.spec.engine.generate_timeout_s,
+        )
+        return result
+
+    async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
+        self._check_alive()
+        stream = self._actor.generate_stream.options(num_returns="streaming").remote(request)
+        while True:
+            try:
+                reference = await asyncio.wait_for(
+                    stream.__anext__(), self.spec.engine.generate_timeout_s
+                )
+            except StopAsyncIteration:
+                return
+            except TimeoutError as exc:
+                raise EngineError(
+                    f"engine {self.engine_id} sent no token of {request.request_id} for "
+                    f"{self.spec.engine.generate_timeout_s} s (engine.generate_timeout_s)"
+                ) from exc
+            except RayError as exc:
+                raise self._translate(exc) from exc
+            yield await self._call(reference, "to stream", CONTROL_TIMEOUT_S)
+
+    async def abort(self, request_id: str) -> None:
+        await self._control(self._actor.abort.remote(request_id), "to abort")
+
+    async def status(self) -> EngineStatus:
+        facts = self._facts
+        load: dict[str, Any] = {}
+        if facts is not None and self.state is not EngineState.DEAD:
+            load = await self._control(self._actor.load.remote(), "for its load")
+        drafter = self.spec.drafter
+        scheme = resolve_scheme(drafter.scheme, self.spec.device)
+        return EngineStatus(
+            engine_id=self.engine_id,
+            state=self.state,
+            error=self.error,
+            pid=None if facts is None else facts.pid,
+            cpu_cores=self.spec.cpu_cores,
+            target_version=load.get("target_version", self._committed_version),
+            drafter_version=load.get("drafter_version", self._committed_version),
+            drafter_scheme=scheme if drafter.enabled else DrafterScheme.NONE,
+            num_running_reqs=load.get("num_running_reqs", 0),
+            num_waiting_reqs=load.get("num_waiting_reqs", 0),
+            kv_cache_usage=load.get("kv_cache_usage", 0.0),
+            num_kv_blocks=0 if facts is None else facts.num_kv_blocks,
+            block_size=0 if facts is None else facts.block_size,
+            max_model_len=0 if facts is None else facts.max_model_len,
+            num_generation_tokens=load.get("num_generation_tokens", 0),
+            num_prompt_tokens=load.get("num_prompt_tokens", 0),
+            num_preemptions=load.get("num_preemptions", 0),
+            num_reserved=0,
+            start_up_s=0.0 if facts is None else facts.start_up_s,
+            uptime_s=time.monotonic() - self._created_s,
+        )
+
+    async def speculation(self, since_step: int) -> EngineSpeculation:
+        report: EngineSpeculation = await self._control(
+            self._actor.speculation.remote(since_step), "for its speculation state"
+        )
+        return report
+
+    async def set_speculation(self, patch: SpeculationPatch) -> None:
+        await self._control(self._actor.set_speculation.remote(patch), "to change speculation")
+
+    async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
+        self._check_alive()
+        seconds: float = await self._call(
+            self._actor.stage.remote(version, path, manifest),
+            f"to stage version {version}",
+            self._weights.stage_timeout_s,
+        )
+        self._stage_s[version] = seconds
+        return seconds
+
+    async def discard(self, version: int) -> None:
+        self._stage_s.pop(version, None)
+        await self._control(self._actor.discard.remote(version), "to discard a staged version")
+
+    async def commit(self, version: int) -> EngineCommitTimings:
+        self._check_alive()
+        state_before = self.state
+        # A joining engine commits before it ever serves; it has nothing to pause.
+        if state_before is not EngineState.STARTING:
+            self._lifecycle.move(EngineState.SYNCING)
+        try:
+            timings: EngineCommitTimings = await self._call(
+                self._actor.commit.remote(version, self._weights.pause_mode),
+                f"to commit version {version}",
+                self._weights.pause_timeout_s + self._weights.commit_timeout_s,
+            )
+        except BaseException as exc:
+            # Also when cancelled: nobody knows how far the engine got, so it never serves again.
+            self._lifecycle.die(f"commit of version {version} failed: {exc}")
+            if isinstance(exc, SlipstreamError):
+                raise WeightCommitError(exc.message) from exc
+            raise
+        self._committed_version = version
+        if state_before is not EngineState.STARTING:
+            self._lifecycle.move(state_before)
+        return timings.model_copy(update={"stage_s": self._stage_s.pop(version, 0.0)})
+
+    async def stop(self, reason: str) -> None:
+        """Shut vLLM down, then the actor, then whatever of its processes is still there."""
+        self._lifecycle.die(reason)
+        with contextlib.suppress(SlipstreamError):
+            await self._call(self._actor.shutdown.remote(), "to shut down", CONTROL_TIMEOUT_S)
+        ray.kill(self._actor, no_restart=True)
+        if self._facts is not None:
+            await asyncio.to_thread(_kill_leftovers, self._facts)
+
+    def _check_alive(self) -> None:
+        if self.state is EngineState.DEAD:
+            raise EngineDeadError(f"engine {self.engine_id} is dead: {self.error}")
+
+    async def _control(self, reference: Awaitable[Any], purpose: str) -> Any:
+        return await self._call(reference, purpose, CONTROL_TIMEOUT_S)
+
+    async def _call(self, reference: Awaitable[Any], purpose: str, timeout_s: float) -> Any:
+        """Await an actor call, waiting at most ``timeout_s``."""
+        try:
+            return await asyncio.wait_for(_awaited(reference), timeout_s)
+        except TimeoutError as exc:
+            raise EngineError(
+                f"engine {self.engine_id} took longer than {timeout_s} s {purpose}"
+            ) from exc
+        except RayError as exc:
+            raise self._translate(exc) from exc
+
+    def _translate(self, exc: RayError) -> SlipstreamError:
+        """The one place where Ray's errors become ours."""
+        if isinstance(exc, RayTaskError) and isinstance(exc.cause, SlipstreamError):
+            if isinstance(exc.cause, EngineDeadError):
+                self._lifecycle.die(exc.cause.message)
+            return exc.cause
+        if isinstance(exc, RayActorError):
+            self._lifecycle.die(f"its process ended: {exc}")
+            return EngineDeadError(f"engine {self.engine_id} is gone: {exc}")
+        return EngineError(f"engine {self.engine_id} failed: {exc}")
+
+
+async def _awaited(reference: Awaitable[Any]) -> Any:
+    return await reference
+
+
+def _kill_leftovers(facts: EngineFacts) -> None:
+    """vLLM's processes end with the actor; the ones that do not are killed by the ids it reported."""
+    for pid in (*facts.child_pids, facts.pid):
+        with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+            process = psutil.Process(pid)
+            with contextlib.suppress(psutil.TimeoutExpired):
+                process.wait(timeout=5)
+                continue
+            if "ray" in process.name().lower() or "vllm" in " ".join(process.cmdline()).lower():
+                os.kill(pid, signal.SIGKILL)

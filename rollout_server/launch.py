@@ -1,0 +1,130 @@
+"""Starts the whole server process: Ray, engines, scoring, HTTP; and takes it down again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+
+from rollout_server.api.app import create_app
+from rollout_server.engine.cluster import leave_cluster, start_or_join_cluster
+from rollout_server.engine.pool import RayEnginePool
+from rollout_server.model_info import read_model_info, resolve_device
+from rollout_server.scoring.pool import ScoringPool
+from rollout_server.service import RolloutService
+from rollout_server.tokenizer import HuggingFaceTokenizer
+from rollout_server.weights.coordinator import WeightCoordinator
+from shared.clock import SystemClock
+from shared.config.run import RunConfig
+from shared.errors import ConfigurationError
+from shared.weights import sweep_stale_segments
+
+logger = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutService, str]]:
+    """Everything but HTTP. Yields the service and the Ray address; stops it all on exit."""
+    sweep_stale_segments(Path(config.weights.shared_memory_dir))
+    device = resolve_device(config.engine.device)
+    model = read_model_info(config.model)
+    tokenizer = HuggingFaceTokenizer.load(
+        config.model.path, trust_remote_code=config.model.trust_remote_code
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        ray_address = start_or_join_cluster(config.ray)
+        stack.callback(leave_cluster)
+        pool = RayEnginePool(config, model, device)
+        stack.push_async_callback(pool.close)
+        coordinator = WeightCoordinator(pool, config.weights, SystemClock())
+        scoring = ScoringPool(config.scoring)
+        service = RolloutService(config, pool, scoring, coordinator, tokenizer)
+        pool.before_serving(coordinator.bring_up_to_date)
+        pool.before_serving(service.live_speculation.apply_to)
+        stack.push_async_callback(service.close)
+        await service.start()
+        await pool.start()
+        yield service, ray_address
+
+
+READY_FILE_NAME = "server.json"
+
+
+async def serve(config: RunConfig) -> None:
+    """Serve until SIGINT or SIGTERM.
+
+    Once requests can be served, ``<run_dir>/server.json`` holds ``{"url", "ray_address", "pid"}``.
+    """
+    ready_file = config.run_dir / READY_FILE_NAME
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    listener = _listen(config)
+    try:
+        async with running_service(config) as (service, ray_address):
+            # ray.init installs its own SIGTERM handler; take it back.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, stop.set)
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    create_app(service),
+                    log_level="warning",
+                    access_log=False,
+                    timeout_graceful_shutdown=int(config.server.shutdown_timeout_s),
+                    lifespan="off",
+                )
+            )
+            server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+            serving = asyncio.create_task(_serve_quietly(server, listener), name="uvicorn")
+            url = f"http://{config.server.host}:{listener.getsockname()[1]}"
+            logger.info("serving on %s", url)
+            _write_ready_file(ready_file, url, ray_address)
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            logger.info("stopping")
+            server.should_exit = True
+            await serving
+    finally:
+        listener.close()
+        ready_file.unlink(missing_ok=True)
+
+
+async def _serve_quietly(server: uvicorn.Server, listener: socket.socket) -> None:
+    # ``_serve`` is ``serve`` without uvicorn's own signal handling, which would race with ours.
+    await server._serve(sockets=[listener])
+
+
+def _listen(config: RunConfig) -> socket.socket:
+    """Bind before the slow start, so that a taken port is known at once."""
+    server = config.server
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((server.host, server.port))
+    except OSError as exc:
+        listener.close()
+        raise ConfigurationError(
+            f"cannot listen on server.host {server.host!r}, server.port {server.port}: "
+            f"{exc.strerror}",
+            param="server.port",
+        ) from exc
+    return listener
+
+
+def _write_ready_file(path: Path, url: str, ray_address: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(
+        json.dumps({"url": url, "ray_address": ray_address, "pid": os.getpid()}), encoding="utf-8"
+    )
+    temporary.rename(path)
