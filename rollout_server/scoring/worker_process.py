@@ -101,8 +101,14 @@ class WorkerProcess:
 
     @property
     def is_usable(self) -> bool:
-        """Alive, and not about to end."""
-        return self._process.returncode is None and not self._is_killed
+        """Alive now. Asks the kernel: asyncio learns of an end with a delay."""
+        if self._is_killed or self._process.returncode is not None:
+            return False
+        try:
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # ended, and asyncio has reaped it already
+            return False
+        return ended is None
 
     async def ask(self, frame: bytes) -> dict[str, Any]:
         """Send one frame and wait for the answer. The caller sets the time limit.
