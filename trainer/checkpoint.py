@@ -1,0 +1,154 @@
+"""Checkpoints: one directory per saved step, complete or absent, safetensors and JSON only.
+
+::
+
+    checkpoints/step-000010/
+        model.safetensors config.json tokenizer...   a model directory like any other, in float32
+        optimizer.safetensors                        moments and step counts, by parameter name
+        trainer_state.json                           written last
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+
+from shared.errors import ConfigurationError, SlipstreamError
+from trainer.optimization import Optimization
+from trainer.policy import Policy
+
+_STEP_DIRECTORY = re.compile(r"step-(\d{6,})")
+_STATE_FILE = "trainer_state.json"
+_OPTIMIZER_FILE = "optimizer.safetensors"
+_TORCH_RNG_KEY = "rng/torch"
+_CUDA_RNG_KEY = "rng/cuda"
+
+
+class TrainerState(BaseModel):
+    """What a run needs to go on, besides weights and optimizer moments."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: int
+    """Steps completed."""
+    weight_version: int
+    num_updates: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    state: TrainerState
+
+
+class CheckpointStore:
+    """Saves, finds and prunes the checkpoints of one run."""
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        self._directory = directory
+        self._keep = keep
+
+    def save(
+        self, state: TrainerState, policy: Policy, optimization: Optimization, tokenizer: Any
+    ) -> Path:
+        """Write a checkpoint that appears only when complete, then prune old ones.
+
+        Raises:
+            SlipstreamError: the disk does not take it.
+        """
+        final = self._directory / f"step-{state.step:06d}"
+        partial = self._directory / f".partial-{final.name}-{os.getpid()}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            policy.model.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            save_file(optimization.state_tensors() | _rng_tensors(), partial / _OPTIMIZER_FILE)
+            (partial / _STATE_FILE).write_text(state.model_dump_json(indent=2))
+            _sync_files(partial)
+            if final.exists():  # the same step again, after a resume from an earlier one
+                shutil.rmtree(final)
+            os.replace(partial, final)
+        except OSError as exc:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise SlipstreamError(f"checkpoint {final} cannot be written: {exc}") from exc
+        self._prune()
+        return final
+
+    def latest(self) -> Checkpoint | None:
+        """The checkpoint of the highest step, or None.
+
+        Raises:
+            ConfigurationError: its state file is not readable as one of ours.
+        """
+        steps = self._steps()
+        if not steps:
+            return None
+        path = steps[max(steps)]
+        try:
+            state = TrainerState.model_validate_json((path / _STATE_FILE).read_text())
+        except (OSError, ValidationError) as exc:
+            raise ConfigurationError(
+                f"checkpoint {path} has no usable {_STATE_FILE}: {exc}; remove the directory to "
+                "resume from the one before"
+            ) from exc
+        return Checkpoint(path=path, state=state)
+
+    def _steps(self) -> dict[int, Path]:
+        if not self._directory.is_dir():
+            return {}
+        found = {}
+        for path in self._directory.iterdir():
+            match = _STEP_DIRECTORY.fullmatch(path.name)
+            if match is not None and path.is_dir():
+                found[int(match[1])] = path
+        return found
+
+    def _prune(self) -> None:
+        steps = self._steps()
+        for step in sorted(steps)[: -self._keep]:
+            shutil.rmtree(steps[step])
+        for leftover in self._directory.glob(".partial-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def restore(checkpoint: Checkpoint, optimization: Optimization) -> None:
+    """Load optimizer state and random-number state. The policy is loaded from the same path.
+
+    Raises:
+        SlipstreamError: the state is of another model.
+    """
+    tensors = load_file(checkpoint.path / _OPTIMIZER_FILE)
+    torch.set_rng_state(tensors.pop(_TORCH_RNG_KEY))
+    cuda_state = tensors.pop(_CUDA_RNG_KEY, None)
+    if cuda_state is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda_state)
+    optimization.load_state_tensors(tensors, checkpoint.state.num_updates)
+
+
+def _rng_tensors() -> dict[str, torch.Tensor]:
+    tensors = {_TORCH_RNG_KEY: torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors[_CUDA_RNG_KEY] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def _sync_files(directory: Path) -> None:
+    for path in [*directory.iterdir(), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

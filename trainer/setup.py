@@ -1,0 +1,135 @@
+"""Builds the training loop from the configuration: model, task, checkpoint, server's version."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from shared.config.run import RunConfig
+from shared.errors import ConfigurationError
+from trainer.checkpoint import Checkpoint, CheckpointStore, restore
+from trainer.loop import LoopParts, TrainingLoop
+from trainer.optimization import Optimization
+from trainer.policy import Policy, resolve_device
+from trainer.publish import Publisher
+from trainer.recorder import RunRecorder
+from trainer.rollout_client import RolloutClient
+from trainer.speculation_log import SpeculationLog
+from trainer.status import StatusBoard
+from trainer.tasks import build_task
+
+LOGGER = logging.getLogger(__name__)
+
+CHECKPOINTS_DIRECTORY = "checkpoints"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainer:
+    """A loop ready to run, and what must be entered and closed around it."""
+
+    loop: TrainingLoop
+    client: RolloutClient
+    speculation: SpeculationLog
+
+
+def build_trainer(
+    config: RunConfig, *, resume: bool, board: StatusBoard, stop: threading.Event
+) -> Trainer:
+    """Load everything and agree with the server on a version.
+
+    Raises:
+        ConfigurationError: no server URL, an unusable model, task or run directory.
+        SlipstreamError: the server stayed away, or refused the weights of a resumed run.
+    """
+    options = config.trainer
+    if options.server_url is None:
+        raise ConfigurationError(
+            "trainer.server_url is not set: which rollout server?", param="trainer.server_url"
+        )
+    # Explicitly also for 0: Ray gives actors OMP_NUM_THREADS=1, which is not torch's default.
+    torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
+    torch.manual_seed(config.seed)
+    checkpoints = CheckpointStore(
+        config.run_dir / CHECKPOINTS_DIRECTORY, keep=options.keep_checkpoints
+    )
+    checkpoint = checkpoints.latest() if resume else None
+    if resume and checkpoint is None:
+        LOGGER.warning("--resume: no checkpoint in %s, starting at step 0", config.run_dir)
+    recorder = RunRecorder(config.run_dir)
+    recorder.prepare(
+        resume_after_step=checkpoint.state.step if checkpoint else (-1 if resume else None)
+    )
+    task = build_task(options.task)
+    policy, tokenizer, optimization = _build_policy(config, checkpoint)
+    client = RolloutClient(options.server_url, timeout_s=options.api_timeout_s, pause=stop.wait)
+    client.wait_until_ready()
+    publisher = Publisher(client, config.weights.shared_memory_dir)
+    version = _agree_on_version(client, publisher, policy, checkpoint)
+    speculation = SpeculationLog(client, recorder)
+    loop = TrainingLoop(
+        LoopParts(
+            client=client,
+            task=task,
+            policy=policy,
+            tokenizer=tokenizer,
+            optimization=optimization,
+            publisher=publisher,
+            checkpoints=checkpoints,
+            recorder=recorder,
+            speculation=speculation,
+            board=board,
+            stop=stop,
+            run_id=f"{config.name}-{uuid.uuid4().hex[:8]}",
+        ),
+        config,
+        completed_steps=checkpoint.state.step if checkpoint else 0,
+        weight_version=version,
+    )
+    return Trainer(loop=loop, client=client, speculation=speculation)
+
+
+def _build_policy(
+    config: RunConfig, checkpoint: Checkpoint | None
+) -> tuple[Policy, Any, Optimization]:
+    policy = Policy.load(
+        checkpoint.path if checkpoint else config.model.path,
+        config.model,
+        device=resolve_device(config.trainer.device),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(
+        config.model.path, trust_remote_code=config.model.trust_remote_code
+    )
+    optimization = Optimization(policy.model, config.trainer.optimizer)
+    if checkpoint is not None:
+        restore(checkpoint, optimization)
+        LOGGER.info("resumed %s at step %d", checkpoint.path, checkpoint.state.step)
+    return policy, tokenizer, optimization
+
+
+def _agree_on_version(
+    client: RolloutClient,
+    publisher: Publisher,
+    policy: Policy,
+    checkpoint: Checkpoint | None,
+) -> int:
+    """The version that both sides have.
+
+    A server at version 0 serves ``model.path``, which is what a fresh trainer has. In any other
+    case its weights may be anything, and the trainer pushes its own over them.
+    """
+    committed = client.weights().committed_version
+    if checkpoint is None and committed == 0:
+        return 0
+    last_known = checkpoint.state.weight_version if checkpoint else 0
+    report = publisher.publish(
+        policy, version=max(committed, last_known) + 1, base_version=committed
+    )
+    LOGGER.info("pushed own weights as version %d over version %d", report.version, committed)
+    return report.version
