@@ -2,7 +2,7 @@
 
 Follows the files the trainer writes, so it can be started and stopped at any time and costs the
 run nothing. On a terminal it redraws one panel; elsewhere it prints one line per step. It ends on
-SIGTERM or Ctrl-C, or with ``--once`` after showing what there is.
+SIGTERM or Ctrl-C, when the process ``--pid`` is gone, or with ``--once`` after one look.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -205,28 +206,30 @@ def render_engines(state: ProgressState) -> Table:
     return table
 
 
-def follow(run_dir: Path, *, once: bool) -> None:
-    """Show the run until a signal comes (or once)."""
+def follow(run_dir: Path, *, once: bool, pid: int | None) -> None:
+    """Show the run until a signal comes or process ``pid`` is gone (or once)."""
     console = Console()
     follower = RunFollower(run_dir)
     stopped = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: stopped.set())
-    if not console.is_terminal:
-        while True:
-            # Read once more after the signal: the last step is written just before it.
-            ending = once or stopped.wait(REFRESH_S)
-            for record in follower.update():
-                print(plain_line(record), flush=True)
-            if ending:
-                return
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
-            ending = once or stopped.wait(REFRESH_S)
-            follower.update()
-            live.update(render(follower.state), refresh=True)
-            if ending:
-                return
+
+    def is_ending() -> bool:
+        gone = pid is not None and not psutil.pid_exists(pid)
+        return once or gone or stopped.wait(REFRESH_S)
+
+    # Each loop reads once more after the end: the last step is written just before it.
+    ending = False
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            while not ending:
+                ending = is_ending()
+                follower.update()
+                live.update(render(follower.state), refresh=True)
+    while not ending:
+        ending = is_ending()
+        for record in follower.update():
+            print(plain_line(record), flush=True)
 
 
 def main() -> int:
@@ -234,8 +237,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Live view of a run.")
     parser.add_argument("run_dir", type=Path, help="such as runs/demo")
     parser.add_argument("--once", action="store_true", help="show the present state and leave")
+    parser.add_argument("--pid", type=int, help="leave when this process is gone")
     arguments = parser.parse_args()
-    follow(arguments.run_dir, once=arguments.once)
+    follow(arguments.run_dir, once=arguments.once, pid=arguments.pid)
     return 0
 
 

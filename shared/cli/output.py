@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import typer
 from pydantic import BaseModel, JsonValue
 from rich.console import Console
 from rich.table import Table
 
+PIPED_WIDTH = 160
+"""Columns of a table that goes to a file or another program."""
+
 
 def stdout_console() -> Console:
     """Console for results. Made per call, so that a redirected stdout is honoured."""
-    return Console()
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 
 
 def stderr_console() -> Console:
@@ -35,7 +40,9 @@ def print_table(
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for index, column in enumerate(columns):
         numeric = bool(cells) and all(isinstance(row[index], int | float) for row in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        # The first column is the id: it must stay whole to be used in the next command.
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=index == 0)
     for row in cells:
         table.add_row(*(format_cell(cell) for cell in row))
     stdout_console().print(table)

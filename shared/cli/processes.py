@@ -96,13 +96,15 @@ class ChildProcess:
 
     def stop(self, timeout_s: float) -> int | None:
         """End it and all it started: SIGTERM, wait, then SIGKILL to what is left. Idempotent."""
-        family = process_family(self.pid)
+        descendants = process_descendants(self.pid)
         if self.poll() is None:
             self._process.terminate()
             self.wait(timeout_s)
         # Ray and vLLM put workers into sessions of their own: a group signal would miss them.
-        family |= process_family(self.pid)
-        kill_processes(family)
+        descendants |= process_descendants(self.pid)
+        if self.poll() is None:
+            self._process.kill()
+        kill_processes(descendants)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         code = self.wait(5.0)
@@ -116,16 +118,15 @@ class ChildProcess:
         return file_tail(self.log_path, num_lines) if self.log_path is not None else ""
 
 
-def process_family(pid: int) -> set[psutil.Process]:
-    """The process and all its descendants, as far as they exist."""
+def process_descendants(pid: int) -> set[psutil.Process]:
+    """Children, their children and so on, as far as they exist."""
     try:
-        root = psutil.Process(pid)
-        return {root, *root.children(recursive=True)}
+        return set(psutil.Process(pid).children(recursive=True))
     except psutil.Error:
         return set()
 
 
-def kill_processes(processes: set[psutil.Process], grace_s: float = 3.0) -> None:
+def kill_processes(processes: set[psutil.Process], grace_s: float = 2.0) -> None:
     """Give the processes ``grace_s`` to follow their parent, then SIGKILL the rest.
 
     psutil compares creation times, so a pid that was given to somebody else is not touched.

@@ -21,6 +21,7 @@ from shared.errors import SlipstreamError
 POLL_S = 0.2
 STOP_MARGIN_S = 15.0
 """Added to ``server.shutdown_timeout_s``: Ray itself needs a moment after the server is done."""
+VIEW_TIMEOUT_S = 10.0
 REPORT_TIMEOUT_S = 300.0
 MODEL_TIMEOUT_S = 3600.0
 
@@ -119,12 +120,15 @@ class Supervisor:
         arguments = ["--config", str(config_path), *(["--resume"] if self._resume else [])]
         server = self._children[-1]
         trainer = self._start("trainer", "trainer", arguments, self.run_dir / "trainer.log")
-        view = self._start("live view", "trainer.progress", [str(self.run_dir)], None)
+        view_arguments = [str(self.run_dir), "--pid", str(trainer.pid)]
+        view = self._start("live view", "trainer.progress", view_arguments, None)
         while (code := trainer.poll()) is None:
             if server.poll() is not None:
                 raise RunFailedError(_failure(server, "ended while the trainer was running"))
             time.sleep(POLL_S)
-        view.stop(5.0)
+        # It sees the trainer gone and shows the last step.
+        view.wait(VIEW_TIMEOUT_S)
+        view.stop(1.0)
         self._children.remove(view)
         self._finish(trainer, code, "")
 

@@ -1,0 +1,147 @@
+"""A rollout server with canned answers over real HTTP, for tests of clients."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+ENGINE: dict[str, Any] = {
+    "engine_id": "engine-0",
+    "state": "serving",
+    "error": None,
+    "pid": 1,
+    "cpu_cores": "0",
+    "target_version": 3,
+    "drafter_version": 3,
+    "drafter_scheme": "int8",
+    "num_running_reqs": 2,
+    "num_waiting_reqs": 0,
+    "kv_cache_usage": 0.25,
+    "num_kv_blocks": 64,
+    "block_size": 16,
+    "max_model_len": 256,
+    "num_generation_tokens": 10,
+    "num_prompt_tokens": 5,
+    "num_preemptions": 0,
+    "num_reserved": 2,
+    "start_up_s": 1.0,
+    "uptime_s": 9.0,
+}
+
+POLICY: dict[str, Any] = {
+    "mode": "kv_gate",
+    "num_speculative_tokens": 3,
+    "kv_cache_threshold": 0.5,
+    "kv_cache_hysteresis": 0.05,
+    "min_dwell_steps": 8,
+}
+
+
+class HttpApi:
+    """State of the fake: what it was asked, and how it shall misbehave."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.requests: list[tuple[str, str, Any]] = []
+        self.engine_count = 1
+        self.starting_polls = 0
+        """How many more engine lists show the last engine as starting."""
+        self.policy = dict(POLICY)
+        self.cut_stream_after: int | None = None
+        """Groups after which the next streamed answer breaks off, once."""
+        self.refusal: tuple[int, dict[str, Any]] | None = None
+        """Status and error body of every answer, while set."""
+
+    def answer(self, method: str, path: str, body: Any) -> dict[str, Any] | None:
+        """JSON for a request; None for an unknown route."""
+        if path == "/v1/engines":
+            if method == "PUT":
+                self.engine_count = body["count"]
+            return self.engines()
+        if path == "/v1/speculation":
+            if method == "PATCH":
+                self.policy.update(body)
+            return {"policy": self.policy, "max_num_speculative_tokens": 4, "engines": []}
+        if path == "/v1/weights":
+            versions = {"engine_id": "engine-0", "target_version": 3, "drafter_version": 3}
+            push = {"version": 3, "committed": True, "total_s": 0.5, "error": None}
+            return {"committed_version": 3, "engines": [versions], "history": [push]}
+        return None
+
+    def engines(self) -> dict[str, Any]:
+        """Answer of ``/v1/engines``."""
+        engines = [{**ENGINE, "engine_id": f"engine-{i}"} for i in range(self.engine_count)]
+        if self.starting_polls and engines:
+            self.starting_polls -= 1
+            engines[-1]["state"] = "starting"
+        return {"target_count": self.engine_count, "engines": engines}
+
+    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Groups in reverse order of the prompts, as a busy server may finish them."""
+        request_id = body["request_id"]
+        order = list(enumerate(body["prompts"]))[::-1]
+        for number, (index, prompt) in enumerate(order):
+            if self.cut_stream_after == number:
+                self.cut_stream_after = None
+                return
+            group = {
+                "group_id": f"group={index}",
+                "prompt_index": index,
+                "prompt_token_ids": [1],
+                "answer": prompt.get("answer"),
+                "metadata": {"text": prompt.get("prompt")},
+                "samples": [],
+            }
+            yield {"type": "group", "request_id": request_id, "group": group}
+        yield {"type": "done", "request_id": request_id}
+
+
+@contextmanager
+def running_api() -> Iterator[HttpApi]:
+    """The fake on a free loopback port, for the time of the block."""
+    api = HttpApi()
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle_any(self) -> None:
+            length = int(self.headers.get("content-length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            api.requests.append((self.command, self.path, body))
+            if api.refusal is not None:
+                self.send(api.refusal[0], {"error": api.refusal[1]})
+            elif self.path == "/v1/rollouts":
+                self.send_response(200)
+                self.end_headers()
+                for line in api.stream(body):
+                    self.wfile.write(json.dumps(line).encode() + b"\n")
+            else:
+                answer = api.answer(self.command, self.path, body)
+                self.send(404 if answer is None else 200, answer or {})
+
+        do_GET = do_PUT = do_PATCH = do_POST = handle_any
+
+        def send(self, status: int, body: dict[str, Any]) -> None:
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            if status in (429, 503):
+                self.send_header("Retry-After", "0")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    api.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield api
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
