@@ -15,7 +15,10 @@ from shared.cli.output import print_json, stderr_console
 from shared.cli.processes import run_module
 from shared.cli.run_directory import claim_run_directory, write_config
 from shared.cli.supervisor import RunFailedError, Supervisor
+from shared.config.trainer import ArithmeticTaskConfig
 from shared.errors import ConfigurationError
+
+TASK_DEFAULTS = ArithmeticTaskConfig()
 
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on from the last checkpoint of the run of this name.")
@@ -91,11 +94,18 @@ def make_model(
         int, typer.Option(min=0, help="Supervised steps before it is written.")
     ] = 400,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
+    num_terms: Annotated[
+        tuple[int, int], typer.Option(help="Fewest and most terms of a problem.")
+    ] = TASK_DEFAULTS.num_terms,
+    max_operand: Annotated[
+        int, typer.Option(min=2, help="Largest operand of a problem.")
+    ] = TASK_DEFAULTS.max_operand,
 ) -> None:
     """Create a small model for the CPU demonstration."""
     arguments = [
         *("--output", str(output), "--preset", preset),
         *("--warm-start-steps", str(warm_start_steps), "--seed", str(seed)),
+        *("--num-terms", *map(str, num_terms), "--max-operand", str(max_operand)),
     ]
     raise typer.Exit(run_module("trainer.demo_model", arguments))
 

@@ -16,6 +16,7 @@ import typer
 from shared.cli.processes import ChildProcess, file_tail, wait_for_exit
 from shared.cli.run_directory import SERVER_FILE, claim_run_directory, write_config
 from shared.config.run import RunConfig
+from shared.config.trainer import ArithmeticTaskConfig
 from shared.errors import SlipstreamError
 
 POLL_S = 0.2
@@ -80,6 +81,11 @@ class Supervisor:
             *("--output", str(path), "--preset", demo.preset),
             *("--warm-start-steps", str(demo.warm_start_steps), "--seed", str(demo.seed)),
         ]
+        task = self.config.trainer.task
+        if isinstance(task, ArithmeticTaskConfig):
+            # It starts from the problems it will be trained on.
+            arguments += ["--num-terms", *map(str, task.num_terms)]
+            arguments += ["--max-operand", str(task.max_operand)]
         child = self._start("make-model", "trainer.demo_model", arguments, None)
         code = wait_for_exit(child, time.monotonic() + MODEL_TIMEOUT_S, POLL_S)
         self._finish(child, code, f"still making {path} after {MODEL_TIMEOUT_S:g} s")
