@@ -7,7 +7,7 @@ import logging
 
 from rollout_server.engine.protocol import EngineHandle, EnginePool
 from shared.config.speculation import SpeculationConfig
-from shared.errors import EngineError, InvalidRequestError
+from shared.errors import EngineDeadError, EngineError, InvalidRequestError
 from shared.schemas.speculation import (
     EngineSpeculation,
     SpeculationPatch,
@@ -128,9 +128,7 @@ class LiveSpeculation:
     async def _apply(self, engine: EngineHandle, patch: SpeculationPatch) -> None:
         try:
             await engine.set_speculation(patch)
-        except EngineError as exc:
-            if engine.state is not EngineState.DEAD:
-                raise
+        except EngineDeadError as exc:
             LOGGER.warning("engine %s missed a speculation change: %s", engine.engine_id, exc)
 
     async def _report(self, engine: EngineHandle, since_step: int) -> EngineSpeculation | None:

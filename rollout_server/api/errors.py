@@ -24,6 +24,8 @@ LOGGER = logging.getLogger(__name__)
 
 MAX_SHOWN_CHARACTERS = 120
 MAX_SHOWN_PROBLEMS = 3
+MAX_MESSAGE_CHARACTERS = 2000
+"""Messages quote what was sent, and what was sent may be long."""
 
 _FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _UNION_TAGS = frozenset({"str", "int", "float", "bool", "list", "dict", "none", "nullable"})
@@ -53,7 +55,7 @@ def error_body(error: SlipstreamError) -> ErrorBody:
     return ErrorBody(
         code=error.code,
         type=error_type(error.status),
-        message=error.message,
+        message=_cut(error.message, MAX_MESSAGE_CHARACTERS),
         param=error.param,
     )
 
@@ -98,9 +100,10 @@ def internal_error_response() -> Response:
 def validation_response(problems: Sequence[Any]) -> Response:
     """400 for what is not JSON, 422 for JSON that does not fit; names field, value and limit."""
     malformed = problems[0]["type"] in ("json_invalid", "json_type")
-    shown = [_describe(problem) for problem in problems[:MAX_SHOWN_PROBLEMS]]
-    if len(problems) > MAX_SHOWN_PROBLEMS:
-        shown.append(f"and {len(problems) - MAX_SHOWN_PROBLEMS} more problems")
+    by_field = _one_per_field(problems)
+    shown = [_describe(problem) for problem in by_field[:MAX_SHOWN_PROBLEMS]]
+    if len(by_field) > MAX_SHOWN_PROBLEMS:
+        shown.append(f"and {len(by_field) - MAX_SHOWN_PROBLEMS} more problems")
     status = 400 if malformed else 422
     body = ErrorBody(
         code="malformed_json" if malformed else "validation_failed",
@@ -163,6 +166,24 @@ def install_error_handlers(app: FastAPI) -> None:
         return response
 
 
+def _one_per_field(problems: Sequence[Any]) -> list[Any]:
+    """A field of several possible forms gets one complaint per form: keep the form that came
+    closest (the deepest complaint), or the first when none came close."""
+    by_path: dict[str, list[Any]] = {}
+    for problem in problems:
+        by_path.setdefault(dotted_path(problem["loc"]), []).append(problem)
+    kept = []
+    for same_path in by_path.values():
+        depths = [len(problem["loc"]) for problem in same_path]
+        deepest = [p for p, depth in zip(same_path, depths, strict=True) if depth == max(depths)]
+        kept.append(deepest[0] if min(depths) == max(depths) else deepest[-1])
+    return kept
+
+
+def _cut(text: str, max_characters: int) -> str:
+    return text if len(text) <= max_characters else text[:max_characters] + "..."
+
+
 def _describe(problem: Any) -> str:
     path = dotted_path(problem["loc"])
     message = str(problem["msg"]).removeprefix("Value error, ")
@@ -179,6 +200,4 @@ def _shown(value: object) -> str:
         return f"{type(value).__name__} of {len(value)}"
     # repr of a huge int raises ValueError in Python 3.11 and later.
     text = "a huge integer" if isinstance(value, int) and abs(value) > 10**100 else repr(value)
-    if len(text) > MAX_SHOWN_CHARACTERS:
-        return text[:MAX_SHOWN_CHARACTERS] + "..."
-    return text
+    return _cut(text, MAX_SHOWN_CHARACTERS)

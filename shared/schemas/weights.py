@@ -31,8 +31,8 @@ class WeightManifest(WireModel):
 class PublishRequest(WireModel):
     """Body of ``POST /v1/weights``."""
 
-    version: int = Field(ge=1)
-    base_version: int = Field(ge=0)
+    version: int = Field(ge=1, lt=2**63)
+    base_version: int = Field(ge=0, lt=2**63)
     """The committed version the trainer believes in; a mismatch answers 409."""
     transport: TransportKind = TransportKind.SHARED_MEMORY
     manifest: WeightManifest

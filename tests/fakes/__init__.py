@@ -1,1 +1,1 @@
-"""Hand-written stand-ins, one per boundary of the server: engine, scorer, coordinator, tokenizer."""
+"""Hand-written stand-ins, one per boundary of the server: engine, pool, scorer, coordinator."""

@@ -41,6 +41,9 @@ class FakeEngine:
     fail_with: EngineError | None = None
     """Raised by the next calls of generate, status and speculation."""
     dies_on_generate: bool = False
+    """Dies with the next group it is given."""
+    dies_after_deltas: int | None = None
+    """Dies in the middle of a stream, after this many deltas."""
     unblocked: asyncio.Event = field(default_factory=asyncio.Event)
     requests: list[GenerateRequest] = field(default_factory=list)
     patches: list[SpeculationPatch] = field(default_factory=list)
@@ -66,11 +69,12 @@ class FakeEngine:
 
     async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
         await self._work(request)
+        num_deltas = 0
         for index in range(request.n):
             sample = self._sample(request, index, was_aborted=False)
             last = len(sample.token_ids) - 1
             for position, token_id in enumerate(sample.token_ids):
-                if self.dies_on_generate and position == 2:
+                if num_deltas == self.dies_after_deltas:
                     self.die()
                 self._raise_if_failing()
                 yield GenerateDelta(
@@ -82,6 +86,7 @@ class FakeEngine:
                     finish_reason=sample.finish_reason if position == last else None,
                     weight_versions=sample.weight_versions if position == last else None,
                 )
+                num_deltas += 1
                 await asyncio.sleep(self.delay_s)
 
     async def abort(self, request_id: str) -> None:
@@ -174,8 +179,8 @@ class FakeEngine:
         self.num_running += request.n
         self.max_running = max(self.max_running, self.num_running)
         try:
-            if self.dies_on_generate and self.state is not EngineState.DEAD and self.delay_s == 0:
-                await asyncio.sleep(0)
+            if self.dies_on_generate:
+                self.die()
             self._raise_if_failing()
             waits = [asyncio.create_task(event.wait()) for event in (aborted, self.unblocked)]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

@@ -1,0 +1,34 @@
+"""The API on a real uvicorn, on a free port of 127.0.0.1, in the test's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+
+from rollout_server.api.app import create_app
+from rollout_server.service import RolloutService
+from tests.fakes.service import until
+
+
+@asynccontextmanager
+async def serving(service: RolloutService) -> AsyncIterator[str]:
+    """Start service and server; yields the base URL, and checks the books at the end."""
+    await service.start()
+    config = uvicorn.Config(
+        create_app(service), host="127.0.0.1", port=0, log_level="warning", lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server.serve())
+    try:
+        await until(lambda: server.started or task.done(), "uvicorn to start")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await service.close()
+        await asyncio.wait_for(task, 10)
+        service.router.accounts.check()
+        assert service.router.accounts.num_pending == 0

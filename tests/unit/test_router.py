@@ -1,0 +1,259 @@
+"""Reservation, waiting, retries and aborts of the router, over fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+
+from rollout_server.engine.protocol import GenerateRequest
+from rollout_server.router.router import RoutedResult, Router
+from shared.errors import EngineDeadError, EngineError, OverloadedError, UnavailableError
+from shared.schemas.rollouts import SamplingOptions
+from shared.types import EngineState, FinishReason
+from tests.fakes.engine import FakeEngine, fake_tokens
+from tests.fakes.pool import FakePool
+from tests.fakes.service import until
+
+
+def group(name: str, n: int = 1) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=name, prompt_token_ids=[1, 2], n=n, sampling=SamplingOptions()
+    )
+
+
+@asynccontextmanager
+async def router_over(
+    engines: Sequence[FakeEngine],
+    *,
+    room: int = 4,
+    engine_wait_timeout_s: float = 60.0,
+    max_attempts: int = 3,
+) -> AsyncIterator[tuple[Router, FakePool]]:
+    pool = FakePool(engines)
+    router = Router(
+        pool,
+        max_pending_samples=100,
+        max_samples_per_engine=room,
+        engine_wait_timeout_s=engine_wait_timeout_s,
+        max_attempts=max_attempts,
+    )
+    await router.start()
+    try:
+        yield router, pool
+    finally:
+        await router.close()
+
+
+def spawn(router: Router, *requests: GenerateRequest) -> list[asyncio.Task[RoutedResult]]:
+    return [asyncio.create_task(router.generate(request)) for request in requests]
+
+
+def blocked(engine_id: str) -> FakeEngine:
+    engine = FakeEngine(engine_id)
+    engine.unblocked.clear()
+    return engine
+
+
+async def test_all_samples_of_a_group_come_from_one_engine() -> None:
+    async with router_over([FakeEngine("a"), FakeEngine("b")]) as (router, _):
+        routed = await router.generate(group("g", n=3))
+    assert [sample.sample_index for sample in routed.result.samples] == [0, 1, 2]
+    assert routed.result.samples[1].token_ids == fake_tokens([1, 2], 1, 256)
+    assert routed.num_attempts == 1
+
+
+async def test_groups_spread_over_engines_and_the_rest_waits_in_order() -> None:
+    engines = [blocked("a"), blocked("b")]
+    async with router_over(engines, room=2) as (router, _):
+        tasks = spawn(router, *(group(f"g{i}") for i in range(6)))
+        await until(lambda: router.num_queued_samples == 2, "two groups to queue")
+        assert [router.num_reserved("a"), router.num_reserved("b")] == [2, 2]
+        for engine in engines:
+            engine.unblocked.set()
+        await asyncio.gather(*tasks)
+        assert [router.num_reserved("a"), router.num_reserved("b")] == [0, 0]
+    arrivals = [[request.request_id for request in engine.requests] for engine in engines]
+    assert sorted(arrivals[0][:2] + arrivals[1][:2]) == ["g0", "g1", "g2", "g3"]
+
+
+async def test_no_engine_holds_more_than_its_room() -> None:
+    engines = [FakeEngine("a", delay_s=0.001), FakeEngine("b", delay_s=0.002)]
+    async with router_over(engines, room=4) as (router, _):
+        await asyncio.gather(*spawn(router, *(group(f"g{i}", n=3) for i in range(20))))
+    assert engines[0].max_running <= 4
+    assert engines[1].max_running <= 4
+
+
+async def test_an_engine_that_joins_late_gets_what_still_waits() -> None:
+    first = blocked("a")
+    async with router_over([first], room=1) as (router, pool):
+        tasks = spawn(router, group("g0"), group("g1"))
+        await until(lambda: router.num_queued_samples == 1, "the second group to queue")
+        pool.members.append(FakeEngine("b"))
+        routed = await asyncio.wait_for(tasks[1], 10)
+        assert routed.result.engine_id == "b"
+        first.unblocked.set()
+        await tasks[0]
+
+
+async def test_a_group_waits_while_every_engine_starts_and_goes_on_when_one_serves() -> None:
+    engine = FakeEngine("a", state=EngineState.STARTING)
+    async with router_over([engine]) as (router, _):
+        (task,) = spawn(router, group("g"))
+        await until(lambda: router.num_queued_samples == 1, "the group to queue")
+        assert engine.requests == []
+        engine.state = EngineState.SERVING
+        await asyncio.wait_for(task, 10)
+
+
+async def test_a_wait_for_an_engine_ends_with_what_it_waited_for() -> None:
+    engine = FakeEngine("a", state=EngineState.STARTING)
+    async with router_over([engine], engine_wait_timeout_s=0.01) as (router, _):
+        with pytest.raises(UnavailableError, match=r"server.engine_wait_timeout_s.*a starting"):
+            await router.generate(group("g"))
+        assert router.num_queued_samples == 0
+
+
+async def test_waiting_for_room_does_not_run_into_the_timeout_for_engines() -> None:
+    engine = blocked("a")
+    async with router_over([engine], room=1, engine_wait_timeout_s=0.01) as (router, _):
+        tasks = spawn(router, group("g0"), group("g1"))
+        await until(lambda: router.num_queued_samples == 1, "the second group to queue")
+        await asyncio.sleep(0.2)
+        engine.unblocked.set()
+        await asyncio.gather(*tasks)
+
+
+async def test_a_group_of_an_engine_that_dies_is_generated_afresh_on_another() -> None:
+    engines = [FakeEngine("a", dies_on_generate=True), FakeEngine("b")]
+    async with router_over(engines) as (router, _):
+        routed = await router.generate(group("g", n=2))
+        assert routed.result.engine_id == "b"
+        assert routed.num_attempts == 2
+        assert router.num_retries == 1
+        assert router.num_reserved("a") == 0
+
+
+async def test_a_dead_engine_gets_nothing_even_if_its_handle_has_not_noticed() -> None:
+    liar = FakeEngine("a", fail_with=EngineDeadError("gone"))
+    async with router_over([liar, FakeEngine("b")]) as (router, _):
+        for index in range(3):
+            await router.generate(group(f"g{index}"))
+    assert liar.state is EngineState.SERVING
+    assert len(liar.requests) == 1
+
+
+async def test_retries_end_after_max_attempts() -> None:
+    engines = [FakeEngine(name, dies_on_generate=True) for name in "abcd"]
+    async with router_over(engines, max_attempts=3) as (router, _):
+        with pytest.raises(EngineDeadError):
+            await router.generate(group("g"))
+    assert sum(len(engine.requests) for engine in engines) == 3
+
+
+async def test_an_engine_error_is_not_retried_and_frees_the_room() -> None:
+    failing = FakeEngine("a", fail_with=EngineError("bad step"))
+    async with router_over([failing]) as (router, _):
+        with pytest.raises(EngineError, match="bad step"):
+            await router.generate(group("g"))
+        assert router.num_reserved("a") == 0
+    assert len(failing.requests) == 1
+
+
+async def test_an_aborted_group_in_the_queue_comes_back_empty() -> None:
+    engine = blocked("a")
+    async with router_over([engine], room=1) as (router, _):
+        tasks = spawn(router, group("g0"), group("g1", n=2))
+        await until(lambda: router.num_queued_samples == 2, "the second group to queue")
+        await router.abort("g1")
+        samples = (await tasks[1]).result.samples
+        assert [sample.finish_reason for sample in samples] == [FinishReason.ABORT] * 2
+        assert [sample.token_ids for sample in samples] == [[], []]
+        engine.unblocked.set()
+        await tasks[0]
+    assert [request.request_id for request in engine.requests] == ["g0"]
+
+
+async def test_an_aborted_group_on_an_engine_comes_back_with_what_there_is() -> None:
+    engine = blocked("a")
+    async with router_over([engine]) as (router, _):
+        (task,) = spawn(router, group("g"))
+        await until(lambda: engine.num_running == 1, "the engine to have it")
+        await router.abort("g")
+        (sample,) = (await task).result.samples
+    assert sample.finish_reason is FinishReason.ABORT
+    assert sample.token_ids
+
+
+async def test_cancelling_a_group_aborts_it_on_its_engine_and_frees_the_room() -> None:
+    engine = blocked("a")
+    async with router_over([engine]) as (router, _):
+        (task,) = spawn(router, group("g"))
+        await until(lambda: engine.num_running == 1, "the engine to have it")
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        assert engine.aborted == ["g"]
+        assert router.num_reserved("a") == 0
+
+
+async def test_cancelling_a_group_that_was_just_given_an_engine_leaks_no_reservation() -> None:
+    async with router_over([FakeEngine("a")]) as (router, _):
+        (task,) = spawn(router, group("g"))
+        await asyncio.sleep(0)  # it has its engine now, and has not run with it yet
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        assert router.num_reserved("a") == 0
+
+
+async def test_a_stream_moves_to_another_engine_before_its_first_delta_only() -> None:
+    engines = [FakeEngine("a", dies_on_generate=True), FakeEngine("b")]
+    async with router_over(engines) as (router, pool):
+        deltas = [delta async for delta in router.generate_stream(group("g"))]
+        assert {delta.engine_id for delta in deltas} == {"b"}
+        assert deltas[-1].finish_reason is FinishReason.STOP
+        engines[1].dies_after_deltas = 2
+        pool.members.append(FakeEngine("c"))
+        with pytest.raises(EngineDeadError):
+            [delta async for delta in router.generate_stream(group("h"))]
+        assert router.num_reserved("b") == 0
+
+
+async def test_closing_a_stream_early_aborts_it_on_the_engine() -> None:
+    engine = FakeEngine("a")
+    async with router_over([engine]) as (router, _):
+        stream = router.generate_stream(group("g"))
+        await anext(stream)
+        await stream.aclose()
+        assert engine.aborted == ["g"]
+        assert router.num_reserved("a") == 0
+
+
+async def test_closing_the_router_fails_what_waits() -> None:
+    async with router_over([]) as (router, _):
+        (task,) = spawn(router, group("g"))
+        await until(lambda: router.num_queued_samples == 1, "the group to queue")
+        await router.close()
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await task
+
+
+async def test_pending_samples_are_bounded_and_every_sample_ends_once() -> None:
+    async with router_over([]) as (router, _):
+        accounts = router.accounts
+        accounts.accept(90)
+        with pytest.raises(OverloadedError, match=r"90.*max_pending_samples 100") as caught:
+            accounts.accept(11)
+        assert caught.value.retry_after_s is not None
+        accounts.settle(num_delivered=50, num_failed=20, num_cancelled=19)
+        accounts.check()
+        assert accounts.num_pending == 1
+        with pytest.raises(AssertionError, match="settled twice"):
+            accounts.settle(num_delivered=2)
+        accounts.num_delivered += 1
+        with pytest.raises(AssertionError, match="accepted 90"):
+            accounts.check()
