@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from shared.errors import WeightTransferError, WeightVerificationError
-from shared.safetensors_file import CHUNK_BYTES
+from shared.safetensors_file import CHUNK_BYTES, open_regular_file, read_range
 from shared.weights import (
     DTYPE_NUM_BYTES,
     SegmentKind,
@@ -116,6 +116,7 @@ A = entry("F32", [1], 0, 4)
     [
         ({"a": A}, b"1234", 10**9, "header length"),
         ({"a": A}, b"1234", 2**63, "header length"),
+        (b"{}", b"", 3, "header length"),
         (b"{", b"", None, "not JSON"),
         (b"\xff\xfe", b"", None, "not JSON"),
         (b"[" * 100_000, b"", None, "not JSON"),
@@ -151,6 +152,16 @@ def test_a_file_too_short_for_a_header_is_refused(tmp_path: Path, content: bytes
     path.write_bytes(content)
     with pytest.raises(WeightVerificationError, match="cannot hold"):
         read_header(path)
+
+
+def test_a_file_truncated_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "w").write_bytes(b"1234")
+    descriptor = open_regular_file(tmp_path / "w")
+    try:
+        with pytest.raises(WeightVerificationError, match="ends at byte 4, expected 8: truncated"):
+            list(read_range(descriptor, 0, 8, "w"))
+    finally:
+        os.close(descriptor)
 
 
 @given(st.binary(max_size=200), st.integers(0, 100))
