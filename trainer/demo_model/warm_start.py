@@ -1,8 +1,13 @@
-"""Supervised warm start on worked sums, until the policy is right often enough for rewards.
+"""Supervised warm start: a policy that can work sums out, but usually guesses.
 
-GRPO needs groups with both right and wrong answers, so the warm start stops where sampled accuracy
-reaches ``TARGET_SAMPLED_ACCURACY``, not where it is best. Hidden matrices are trained by Muon
-(https://arxiv.org/abs/2502.16982), which needs about half the steps AdamW needs here.
+GRPO needs groups with right and wrong answers, and something to find out. So the warm start has two
+stages. First the model learns worked answers until it is right most of the time
+(``TARGET_WORKED_ACCURACY``). Then it also sees direct answers (``ans=14`` and no work), as many as
+bring sampled accuracy down to ``TARGET_SAMPLED_ACCURACY``: guesses are mostly wrong. What
+reinforcement has to find is that working pays; completions grow as it does.
+
+Hidden matrices are trained by Muon (https://arxiv.org/abs/2502.16982), which needs about half the
+steps AdamW needs here.
 
 Shape legend: B sequences, T tokens, V vocabulary.
 """
@@ -10,7 +15,7 @@ Shape legend: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from time import monotonic
@@ -27,9 +32,15 @@ BATCHES_PER_POOL = 8
 LEARNING_RATE = 2e-3
 LEARNING_RATE_WARMUP_STEPS = 20
 MAX_GRAD_NORM = 1.0
+TARGET_WORKED_ACCURACY = 0.65
 TARGET_SAMPLED_ACCURACY = 0.28
+DIRECT_ACCURACY = 0.05
+"""About how often a guess is right; only the mixture is computed from it."""
+MAX_DIRECT_FRACTION = 0.75
+"""A group of 8 still has a worked answer in it nine times out of ten."""
+MIXED_STEPS = 30
 CHECK_EVERY_STEPS = 20
-FIRST_CHECK_STEP = 60
+FIRST_CHECK_STEP = 100
 NUM_CHECK_PROBLEMS = 96
 MAX_WARM_START_S = 300.0
 IGNORED_LABEL = -100
@@ -65,46 +76,72 @@ def warm_start(
     num_steps: int,
     on_progress: Callable[[WarmStartProgress], None],
 ) -> WarmStartResult:
-    """Train ``model`` in place, at most ``num_steps`` steps or ``MAX_WARM_START_S`` seconds."""
+    """Train ``model`` in place, at most ``num_steps`` steps or about ``MAX_WARM_START_S`` seconds."""
     task = ArithmeticTask(task_config)
-    batches = _batches(task, tokenizer, seed)
-    optimizers = _optimizers(model)
     held_out = task.held_out(NUM_CHECK_PROBLEMS) if num_steps >= FIRST_CHECK_STEP else []
-    accuracy: Accuracy | None = None
-    loss_value: float | None = None
+    examples = _Examples(task, tokenizer, seed)
+    optimizers = _optimizers(model)
     deadline_s = monotonic() + MAX_WARM_START_S
+    accuracy: Accuracy | None = None
+    loss: float | None = None
+    last_step = num_steps
     step = 0
-    for step in range(1, num_steps + 1):
-        input_ids_BT, labels_BT = next(batches)
-        model.train()
-        logits_BTV = model(
-            input_ids=input_ids_BT,
-            attention_mask=(input_ids_BT != tokenizer.pad_token_id).long(),
-            use_cache=False,
-        ).logits
-        loss = torch.nn.functional.cross_entropy(
-            logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
-        )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1.0, step / LEARNING_RATE_WARMUP_STEPS)
-            optimizer.step()
-            optimizer.zero_grad()
-        loss_value = float(loss.detach())
-        measured = None
-        if step >= FIRST_CHECK_STEP and (step % CHECK_EVERY_STEPS == 0 or step == num_steps):
+    while step < last_step:
+        step += 1
+        rate = LEARNING_RATE * min(1.0, step / LEARNING_RATE_WARMUP_STEPS)
+        loss = _train_step(model, optimizers, *examples.next_batch(), learning_rate=rate)
+        # The end of the first stage, wanted or forced; then the last step of the second.
+        is_due = step >= FIRST_CHECK_STEP and step % CHECK_EVERY_STEPS == 0
+        is_forced = step == num_steps - MIXED_STEPS or monotonic() > deadline_s
+        measured: Accuracy | None = None
+        if held_out and examples.direct_fraction == 0.0 and (is_due or is_forced):
             measured = accuracy = measure_accuracy(model, tokenizer, held_out, seed=seed)
-        on_progress(
-            WarmStartProgress(step=step, num_steps=num_steps, loss=loss_value, accuracy=measured)
-        )
-        if measured is not None and measured.sampled >= TARGET_SAMPLED_ACCURACY:
-            break
-        if monotonic() > deadline_s:
-            break
+            if is_forced or measured.sampled >= TARGET_WORKED_ACCURACY:
+                examples.mix_in_direct(direct_fraction_for(measured.sampled))
+                last_step = step + MIXED_STEPS if examples.direct_fraction else step
+        elif held_out and step == last_step:
+            measured = accuracy = measure_accuracy(model, tokenizer, held_out, seed=seed)
+        on_progress(WarmStartProgress(step=step, num_steps=num_steps, loss=loss, accuracy=measured))
     model.eval()
-    return WarmStartResult(num_steps=step, loss=loss_value, accuracy=accuracy)
+    return WarmStartResult(num_steps=step, loss=loss, accuracy=accuracy)
+
+
+def direct_fraction_for(worked_accuracy: float) -> float:
+    """Fraction of direct answers that brings a policy to ``TARGET_SAMPLED_ACCURACY``.
+
+    With worked answers right 65 % of the time and guesses 5 %: 0.62, as
+    0.62 * 5 % + 0.38 * 65 % = 28 %. Zero for a policy that is not above the target.
+    """
+    surplus = worked_accuracy - TARGET_SAMPLED_ACCURACY
+    if surplus <= 0:
+        return 0.0
+    return min(MAX_DIRECT_FRACTION, surplus / (worked_accuracy - DIRECT_ACCURACY))
+
+
+def _train_step(
+    model: Any,
+    optimizers: Sequence[torch.optim.Optimizer],
+    input_ids_BT: torch.Tensor,
+    labels_BT: torch.Tensor,
+    attention_mask_BT: torch.Tensor,
+    *,
+    learning_rate: float,
+) -> float:
+    model.train()
+    logits_BTV = model(
+        input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False
+    ).logits
+    loss = torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+    )
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss.detach())
 
 
 def _optimizers(model: Any) -> Sequence[torch.optim.Optimizer]:
@@ -121,28 +158,44 @@ def _optimizers(model: Any) -> Sequence[torch.optim.Optimizer]:
     ]
 
 
-def _batches(
-    task: ArithmeticTask, tokenizer: Any, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of similar length without end: a pool of examples is sorted, cut and shuffled."""
-    examples = task.training_stream(seed)
-    rng = random.Random(seed)
-    while True:
-        pool = [
-            (tokenizer.encode(item.prompt), tokenizer.encode(item.worked_answer))
-            for item in islice(examples, BATCH_SIZE * BATCHES_PER_POOL)
-        ]
-        pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+class _Examples:
+    """Padded batches of similar length: a pool of examples is sorted, cut and shuffled."""
+
+    def __init__(self, task: ArithmeticTask, tokenizer: Any, seed: int) -> None:
+        self.direct_fraction = 0.0
+        self._stream = task.training_stream(seed)
+        self._tokenizer = tokenizer
+        self._rng = random.Random(seed)
+        self._batches: list[list[tuple[list[int], list[int]]]] = []
+
+    def mix_in_direct(self, fraction: float) -> None:
+        """From the next batch on, this fraction of the answers comes without work."""
+        self.direct_fraction = fraction
+        self._batches.clear()
+
+    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input ids, labels and attention mask; only answers (and the end) carry loss."""
+        if not self._batches:
+            self._refill()
+        return _pad(self._batches.pop(), self._tokenizer)
+
+    def _refill(self) -> None:
+        pool = []
+        for item in islice(self._stream, BATCH_SIZE * BATCHES_PER_POOL):
+            is_direct = self._rng.random() < self.direct_fraction
+            answer = item.direct_answer if is_direct else item.worked_answer
+            pool.append((self._tokenizer.encode(item.prompt), self._tokenizer.encode(answer)))
+        if self.direct_fraction == 0.0:
+            pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+        # Mixed, a sort by length would sort by kind, and every batch pull the other way.
         starts = list(range(0, len(pool), BATCH_SIZE))
-        rng.shuffle(starts)
-        for start in starts:
-            yield _pad(pool[start : start + BATCH_SIZE], tokenizer)
+        self._rng.shuffle(starts)
+        self._batches = [pool[start : start + BATCH_SIZE] for start in starts]
 
 
 def _pad(
     pairs: Sequence[tuple[list[int], list[int]]], tokenizer: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels; only answers (and the end of sequence) carry loss."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     width = max(len(prompt) + len(answer) + 1 for prompt, answer in pairs)
     input_ids_BT = torch.full((len(pairs), width), tokenizer.pad_token_id)
     labels_BT = torch.full((len(pairs), width), IGNORED_LABEL)
@@ -152,4 +205,4 @@ def _pad(
         input_ids_BT[row, : len(prompt)] = torch.tensor(prompt)
         input_ids_BT[row, len(prompt) : end] = completion
         labels_BT[row, len(prompt) : end] = completion
-    return input_ids_BT, labels_BT
+    return input_ids_BT, labels_BT, (input_ids_BT != tokenizer.pad_token_id).long()

@@ -84,16 +84,29 @@ class ArithmeticTask:
             ConfigurationError: the configuration allows fewer distinct problems than that.
         """
         rng = random.Random(f"{self._config.seed}/train/{step}")
-        return [_to_problem(item) for item in self._distinct(rng, count, held_out=False)]
+        found = self._distinct(rng, count, held_out=False)
+        if len(found) < count:
+            raise ConfigurationError(
+                f"trainer.task has only about {len(found)} distinct problems, not the {count} of "
+                "trainer.prompts_per_step; raise trainer.task.max_operand or num_terms",
+                param="trainer.task.max_operand",
+            )
+        return found
 
     def held_out(self, count: int) -> Sequence[Problem]:
-        """``count`` distinct problems that are never trained on.
+        """``count`` distinct problems that are never trained on; fewer if there are fewer.
 
         Raises:
-            ConfigurationError: the configuration allows fewer distinct problems than that.
+            ConfigurationError: there is none.
         """
-        rng = random.Random(f"{self._config.seed}/held_out")
-        return [_to_problem(item) for item in self._distinct(rng, count, held_out=True)]
+        found = self._distinct(random.Random(f"{self._config.seed}/held_out"), count, held_out=True)
+        if not found:
+            raise ConfigurationError(
+                f"trainer.task.held_out_fraction {self._config.held_out_fraction} holds out none "
+                "of the problems; raise it, or trainer.task.max_operand",
+                param="trainer.task.held_out_fraction",
+            )
+        return found
 
     def training_stream(self, seed: int) -> Iterator[ArithmeticProblem]:
         """Training-side sums without end, repeats allowed (for the warm start)."""
@@ -103,22 +116,15 @@ class ArithmeticTask:
             if not is_held_out(item.prompt, self._config.held_out_fraction):
                 yield item
 
-    def _distinct(
-        self, rng: random.Random, count: int, *, held_out: bool
-    ) -> list[ArithmeticProblem]:
-        found: dict[str, ArithmeticProblem] = {}
+    def _distinct(self, rng: random.Random, count: int, *, held_out: bool) -> list[Problem]:
+        """Up to ``count`` different problems of one side; fewer when they run out."""
+        found: dict[str, Problem] = {}
         for _ in range(count * _MAX_DRAWS_PER_PROBLEM):
             if len(found) == count:
                 break
             item = self._draw(rng)
             if is_held_out(item.prompt, self._config.held_out_fraction) is held_out:
-                found.setdefault(item.prompt, item)
-        if len(found) < count:
-            raise ConfigurationError(
-                f"trainer.task allows only about {len(found)} distinct problems of the {count} "
-                "asked for; raise trainer.task.max_operand or num_terms, or ask for fewer",
-                param="trainer.task.max_operand",
-            )
+                found.setdefault(item.prompt, _to_problem(item))
         return list(found.values())
 
     def _draw(self, rng: random.Random) -> ArithmeticProblem:
