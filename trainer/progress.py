@@ -31,7 +31,12 @@ from trainer.report.run_data import Decision, parse_decision, read_config
 REFRESH_S = 0.5
 SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40
-PHASES = {"rollout": "sampling rollouts", "push": "pushing weights", "eval": "evaluating"}
+PHASES = {
+    "rollout": "sampling rollouts",
+    "train": "training",
+    "push": "pushing weights",
+    "eval": "evaluating",
+}
 
 
 @dataclass(slots=True)
@@ -80,7 +85,7 @@ class ProgressState:
         if edge == "start":
             self.phase = PHASES.get(name, name)
         elif edge == "end":
-            self.phase = "training" if name == "rollout" else "between phases"
+            self.phase = "between phases"
 
     def add_decision(self, record: JsonRecord) -> None:
         """An engine's scheduler reported."""
