@@ -38,8 +38,8 @@ DTYPE_NUM_BYTES: dict[str, int] = {
 LENGTH_NUM_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
-CHUNK_BYTES = 1 << 20
-"""Bytes read at a time: fits the second-level cache, and every element size divides it."""
+CHUNK_BYTES = 1 << 17
+"""Bytes read at a time: stays in the processor's cache, and every element size divides it."""
 
 _SPAN_KEYS = {"dtype", "shape", "data_offsets"}
 

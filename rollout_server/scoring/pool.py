@@ -63,16 +63,18 @@ class ScoringPool:
             WorkerSeat(self._config.rewards, self._config.timeout_s, self._clock)
             for _ in range(self._config.num_workers)
         ]
-        starts = [asyncio.create_task(seat.start()) for seat in seats]
         try:
-            signatures = await asyncio.gather(*starts)
+            # Each start ends by itself, within its own time limit, and cleans up after itself.
+            outcomes = await asyncio.gather(
+                *(seat.start() for seat in seats), return_exceptions=True
+            )
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                self._signatures.update(outcome)
         except BaseException:
-            for start in starts:
-                start.cancel()
-            await asyncio.gather(*starts, return_exceptions=True)
             await asyncio.gather(*(seat.close() for seat in seats))
             raise
-        self._signatures.update(signatures[0])
         self._is_open = True
         self._owners = [
             asyncio.create_task(self._serve(seat), name=f"scoring-worker-{index}")

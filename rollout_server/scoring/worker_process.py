@@ -75,6 +75,13 @@ class WorkerProcess:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 hello = await worker.ask(encode_frame({"rewards": dict(rewards)}))
+            if "failed" in hello:
+                name = hello["failed"]
+                raise ConfigurationError(
+                    f"scoring.rewards.{name}: {rewards[name]!r} is not a usable reward: "
+                    f"{hello['error']}",
+                    param=f"scoring.rewards.{name}",
+                )
         except (TimeoutError, WorkerCrashError) as exc:
             await worker.kill()
             what = str(exc) or f"it was not ready within {START_TIMEOUT_S:g} s"
@@ -82,14 +89,6 @@ class WorkerProcess:
         except BaseException:
             await worker.kill()
             raise
-        if "failed" in hello:
-            await worker.kill()
-            name = hello["failed"]
-            raise ConfigurationError(
-                f"scoring.rewards.{name}: {rewards[name]!r} is not a usable reward: "
-                f"{hello['error']}",
-                param=f"scoring.rewards.{name}",
-            )
         signatures = {
             name: RewardSignature.from_json(data) for name, data in hello["signatures"].items()
         }

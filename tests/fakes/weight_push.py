@@ -1,0 +1,163 @@
+"""A weight coordinator over engines that can be told to fail, and a trainer's files beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rollout_server.engine.protocol import EngineHandle, EnginePool
+from rollout_server.weights.coordinator import WeightCoordinator
+from shared.clock import SystemClock
+from shared.config.server import WeightsConfig
+from shared.errors import EngineDeadError, SlipstreamError
+from shared.schemas.weights import (
+    EngineCommitTimings,
+    PublishRequest,
+    PublishResponse,
+    WeightManifest,
+)
+from shared.types import EngineState
+from shared.weights import SegmentKind, build_manifest, segment_name, write_safetensors
+
+
+class FakeEngine:
+    """Keeps the contract of ``EngineHandle`` for pushes; each phase can be told to fail or wait."""
+
+    def __init__(self, engine_id: str, state: EngineState = EngineState.SERVING) -> None:
+        self.engine_id = engine_id
+        self.state = state
+        self.committed_version = 0
+        self.staged: int | None = None
+        self.loaded: list[float] = []
+        self.stage_error: BaseException | None = None
+        self.commit_error: BaseException | None = None
+        self.discard_error: SlipstreamError | None = None
+        self.stage_gate = asyncio.Event()
+        self.commit_gate = asyncio.Event()
+        self.stage_gate.set()
+        self.commit_gate.set()
+        self.staging = asyncio.Event()
+        self.committing = asyncio.Event()
+        self._path = ""
+
+    async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
+        self.staging.set()
+        await self.stage_gate.wait()
+        if isinstance(self.stage_error, EngineDeadError):
+            self.state = EngineState.DEAD
+        if self.stage_error is not None:
+            raise self.stage_error
+        self.staged, self._path = version, path
+        return 0.25
+
+    async def commit(self, version: int) -> EngineCommitTimings:
+        self.committing.set()
+        try:
+            await self.commit_gate.wait()
+            if self.commit_error is not None:
+                raise self.commit_error
+            assert self.staged == version, "commits follow a stage of the same version"
+            self.loaded = np.fromfile(self._path, np.float32)[-2:].tolist()
+        except BaseException:
+            self.state = EngineState.DEAD
+            raise
+        self.committed_version, self.staged = version, None
+        return EngineCommitTimings(
+            engine_id=self.engine_id,
+            stage_s=0.0,
+            pause_s=0.0,
+            load_s=0.0,
+            requantize_s=0.0,
+            resume_s=0.0,
+            paused_s=0.0,
+        )
+
+    async def discard(self, version: int) -> None:
+        if self.discard_error is not None:
+            raise self.discard_error
+        self.staged = None
+
+
+class FakePool:
+    def __init__(self, *engines: FakeEngine) -> None:
+        self.members = list(engines)
+
+    def engines(self) -> Sequence[FakeEngine]:
+        return list(self.members)
+
+
+class PushWorld:
+    """A coordinator over two serving engines, and a trainer's side of the directory."""
+
+    def __init__(self, directory: Path, **settings: float) -> None:
+        self.directory = directory
+        self.first, self.second = FakeEngine("e0"), FakeEngine("e1")
+        self.pool = FakePool(self.first, self.second)
+        config = WeightsConfig.model_validate({"shared_memory_dir": str(directory)} | settings)
+        pool: EnginePool = self.pool  # type: ignore[assignment]  # only what pushes use
+        self.coordinator = WeightCoordinator(pool, config, SystemClock())
+
+    def write(self, version: int, values: tuple[float, float] = (1.0, 2.0)) -> WeightManifest:
+        """Pretend to be a trainer: its segment, under its own name."""
+        path = self.directory / segment_name(os.getpid(), version)
+        write_safetensors(
+            path,
+            [
+                ("a", "F32", (1,), np.float32([values[0]])),
+                ("b", "F32", (1,), np.float32([values[1]])),
+            ],
+        )
+        return build_manifest(path)
+
+    def request(
+        self, version: int, base: int, values: tuple[float, float] = (1.0, 2.0)
+    ) -> PublishRequest:
+        return PublishRequest(
+            version=version, base_version=base, manifest=self.write(version, values)
+        )
+
+    async def push(
+        self, version: int, base: int, values: tuple[float, float] = (1.0, 2.0)
+    ) -> PublishResponse:
+        """Publish and, as trainers do, remove the trainer's name of the file."""
+        request = self.request(version, base, values)
+        try:
+            return await self.coordinator.publish(request)
+        finally:
+            (self.directory / request.manifest.segment).unlink()
+
+    async def join(self, engine: FakeEngine) -> None:
+        handle: EngineHandle = engine  # type: ignore[assignment]  # only what pushes use
+        await self.coordinator.bring_up_to_date(handle)
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.directory.iterdir())
+
+    def server_files(self, *versions: int) -> list[str]:
+        return [segment_name(os.getpid(), version, SegmentKind.SERVER) for version in versions]
+
+    def versions(self) -> list[int]:
+        return [engine.committed_version for engine in self.pool.members]
+
+
+StartWorld = Callable[..., PushWorld]
+"""Settings of ``WeightsConfig`` by name."""
+
+
+@contextlib.asynccontextmanager
+async def worlds(directory: Path) -> AsyncIterator[StartWorld]:
+    """Make worlds over one directory; close their coordinators at the end."""
+    started: list[PushWorld] = []
+
+    def make(**settings: float) -> PushWorld:
+        started.append(PushWorld(directory, **settings))
+        return started[-1]
+
+    yield make
+    for world in started:
+        await world.coordinator.close()
