@@ -31,7 +31,7 @@ class EngineConfig(SettingsModel):
     """``auto``: what the installed vLLM was built for."""
     cpu_cores: list[str] = Field(default_factory=list)
     """Cores per engine in vLLM's notation (``"0-3"``; ``"0|1"`` for two TP ranks), used in turn by
-    engine index. Empty: all cores for every engine. Two engines on the same cores starve each other."""
+    engine index. Empty: all cores for every engine. Engines on the same cores starve each other."""
     num_cpus: float = Field(default=0.0, ge=0.0)
     """Ray CPUs an engine actor reserves (``cpu`` device); 0 leaves placement to ``cpu_cores``."""
     tensor_parallel_size: int = Field(default=1, ge=1)

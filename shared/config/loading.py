@@ -18,8 +18,10 @@ from shared.config.run import RunConfig
 from shared.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "SLIPSTREAM_"
-RESERVED_ENVIRONMENT = frozenset({"SLIPSTREAM_TORCH_INDEX_URL", "SLIPSTREAM_URL"})
-"""Variables of ours that are not settings (used by the installer and the CLI)."""
+RESERVED_ENVIRONMENT = frozenset(
+    {"SLIPSTREAM_TORCH_INDEX_URL", "SLIPSTREAM_URL", "SLIPSTREAM_VLLM_PLUGIN"}
+)
+"""Variables of ours that are not settings (used by the installer, the CLI and the vLLM plugin)."""
 
 
 def load_run_config(
@@ -72,7 +74,10 @@ def validate_run_config(data: Mapping[str, Any]) -> RunConfig:
 
 def dump_run_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that loads back to the same thing."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    # Written out, the default would count as chosen and be checked against the context length.
+    unset = {"sampling"} - config.trainer.model_fields_set
+    data = config.model_dump(mode="json", exclude={"trainer": unset})
+    return yaml.safe_dump(data, sort_keys=False)
 
 
 def _read_yaml(path: str | Path | None) -> dict[str, Any]:

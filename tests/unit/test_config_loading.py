@@ -31,8 +31,9 @@ def test_values_on_the_command_line_are_yaml() -> None:
     assert config.demo_model is None
 
 
-def test_installer_and_client_variables_are_not_settings() -> None:
-    environment = {"SLIPSTREAM_URL": "http://x", "SLIPSTREAM_TORCH_INDEX_URL": "y", "HOME": "/"}
+def test_installer_client_and_plugin_variables_are_not_settings() -> None:
+    names = ("SLIPSTREAM_URL", "SLIPSTREAM_TORCH_INDEX_URL", "SLIPSTREAM_VLLM_PLUGIN", "HOME")
+    environment = dict.fromkeys(names, "0")
     assert load_run_config(None, MODEL, environment).model.path == "some/model"
 
 
@@ -49,12 +50,13 @@ def test_installer_and_client_variables_are_not_settings() -> None:
         ("model.max_model_len=200", ["trainer.sampling.max_tokens 256", "200"]),
         ("engine.vllm_args={seed: 1}", ["engine.vllm_args", "seed"]),
         ("trainer.task.kind=chess", ["trainer.task", "chess"]),
-        ("engine=3", ["engine", "3"]),
+        ("engine.seed={}", ["engine.seed", "{}"]),
         ("engine.count.x=3", ["engine.count"]),
     ],
 )
 def test_a_wrong_setting_is_refused_with_key_and_value(override: str, parts: list[str]) -> None:
-    overrides = [*MODEL, "engine.count=1", override] if ".x=" in override else [*MODEL, override]
+    needed = ["engine.count=1", "trainer.sampling.max_tokens=256"]
+    overrides = [*MODEL, *needed, override]
     with pytest.raises(ConfigurationError) as caught:
         load_run_config(None, overrides, {})
     for part in parts:
@@ -93,6 +95,11 @@ def test_the_dump_loads_back_to_the_same_configuration(tmp_path: Path) -> None:
     task = "trainer.task={kind: arithmetic, num_terms: [2, 6]}"
     overrides = [*MODEL, "speculation.mode=always", task]
     config = load_run_config(None, overrides, {})
+    assert load_run_config(write(tmp_path, dump_run_config(config)), [], {}) == config
+
+
+def test_a_short_context_without_sampling_settings_survives_the_dump(tmp_path: Path) -> None:
+    config = load_run_config(None, [*MODEL, "model.max_model_len=200"], {})
     assert load_run_config(write(tmp_path, dump_run_config(config)), [], {}) == config
 
 
