@@ -91,6 +91,9 @@ def open_regular_file(path: str | Path) -> int:
 def read_header(path: str | Path) -> dict[str, TensorSpan]:
     """Read and check a file's header.
 
+    Follows symbolic links, which model directories are full of; pushed segments are opened with
+    ``open_regular_file``, which does not.
+
     Returns:
         Name to span, in order of position in the file. The spans cover the file from the end of the
         header to its last byte, without gaps or overlaps.
@@ -98,7 +101,7 @@ def read_header(path: str | Path) -> dict[str, TensorSpan]:
     Raises:
         WeightVerificationError: the file is not a sound safetensors file.
     """
-    descriptor = open_regular_file(path)
+    descriptor = open_regular_file(os.path.realpath(path))
     try:
         return read_header_at(descriptor, str(path))
     finally:

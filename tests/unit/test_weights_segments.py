@@ -186,7 +186,13 @@ def test_links_pipes_and_directories_are_no_segments(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     for name in ("link", "fifo", "directory", "missing"):
         with pytest.raises(WeightVerificationError, match="regular file"):
-            read_header(tmp_path / name)
+            build_manifest(tmp_path / name)
+
+
+def test_the_header_of_a_model_file_is_read_through_a_link(tmp_path: Path) -> None:
+    raw_file(tmp_path / "real", {"a": A}, b"1234")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert read_header(tmp_path / "link") == read_header(tmp_path / "real")
 
 
 @pytest.mark.parametrize(
