@@ -1,4 +1,4 @@
-"""From our configuration to vLLM's engine arguments and to the environment of an engine process. Pure."""
+"""From our configuration to vLLM's arguments and an engine process's environment. Pure."""
 
 from __future__ import annotations
 

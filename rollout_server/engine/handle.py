@@ -1,4 +1,4 @@
-"""``EngineHandle`` over a Ray actor: state, timeouts, and Ray's and vLLM's errors turned into ours."""
+"""``EngineHandle`` over a Ray actor: state, timeouts, foreign errors turned into ours."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ async def _awaited(reference: Awaitable[Any]) -> Any:
 
 
 def _kill_leftovers(facts: EngineFacts) -> None:
-    """vLLM's processes end with the actor; the ones that do not are killed by the ids it reported."""
+    """vLLM's processes end with the actor; those that do not are killed by the ids it gave."""
     for pid in (*facts.child_pids, facts.pid):
         with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
             process = psutil.Process(pid)

