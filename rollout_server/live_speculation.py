@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 from rollout_server.engine.protocol import EngineHandle, EnginePool
+from rollout_server.speculation.policy import apply_patch, initial_policy
 from shared.config.speculation import SpeculationConfig
 from shared.errors import EngineDeadError, EngineError, InvalidRequestError
 from shared.schemas.speculation import (
@@ -22,17 +23,6 @@ UNREACHABLE_STATES = frozenset({EngineState.STARTING, EngineState.DEAD})
 """Engines that cannot be asked: joiners get the policy from the pool when they start."""
 
 
-def initial_policy(config: SpeculationConfig) -> SpeculationPolicy:
-    """The policy engines start with."""
-    return SpeculationPolicy(
-        mode=config.mode,
-        num_speculative_tokens=config.num_speculative_tokens,
-        kv_cache_threshold=config.kv_cache_threshold,
-        kv_cache_hysteresis=config.kv_cache_hysteresis,
-        min_dwell_steps=config.min_dwell_steps,
-    )
-
-
 def patched_policy(
     policy: SpeculationPolicy, patch: SpeculationPatch, max_num_speculative_tokens: int
 ) -> SpeculationPolicy:
@@ -44,8 +34,7 @@ def patched_policy(
     Raises:
         InvalidRequestError: the result is impossible; names field, value and limit.
     """
-    changes = patch.model_dump(exclude_none=True)
-    new = policy.model_copy(update=changes)
+    new = apply_patch(policy, patch)
     if max_num_speculative_tokens == 0:
         if new.mode is not SpeculationMode.OFF:
             raise InvalidRequestError(
@@ -96,9 +85,21 @@ class LiveSpeculation:
         async with self._lock:
             policy = patched_policy(self._policy, patch, self._pool.max_num_speculative_tokens)
             self._policy = policy
-            # Engines get the whole policy: one that missed an earlier patch is right again.
-            whole = SpeculationPatch.model_validate(policy.model_dump())
+            whole = self._whole_policy()
             await asyncio.gather(*(self._apply(engine, whole) for engine in self._reachable()))
+
+    async def apply_to(self, engine: EngineHandle) -> None:
+        """Give a joining engine the policy in force; called before it serves.
+
+        Raises:
+            EngineError: the engine did not take it; it must not serve.
+        """
+        async with self._lock:
+            await engine.set_speculation(self._whole_policy())
+
+    def _whole_policy(self) -> SpeculationPatch:
+        """Every field, so that an engine that missed an earlier change is right again."""
+        return SpeculationPatch.model_validate(self._policy.model_dump())
 
     async def read(self, *, since_step: int = 0, history: int | None = None) -> SpeculationResponse:
         """The policy and what every reachable engine does because of it.

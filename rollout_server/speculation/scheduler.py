@@ -4,7 +4,8 @@ Also keys the prefix cache by weight version, so that KV computed under old weig
 by a request that starts, or restarts, under new ones.
 
 Leans on (vLLM 0.32.0): ``Scheduler`` (CPU, where vLLM schedules synchronously) and
-``AsyncScheduler`` (CUDA); ``Scheduler.dynamic_sd_lookup``, read once per ``schedule()`` as ``lookup[num_scheduled_requests]`` after KV slots were allocated;
+``AsyncScheduler`` (CUDA); ``Scheduler.dynamic_sd_lookup``, read once per ``schedule()`` as
+``lookup[num_scheduled_requests]`` after KV slots were allocated;
 ``Scheduler.make_spec_decoding_stats``; ``Request.cache_salt``, ``block_hashes`` and
 ``update_block_hashes``; ``Scheduler._preempt_request``.
 """
