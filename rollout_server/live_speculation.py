@@ -66,11 +66,24 @@ class LiveSpeculation:
         self._policy = initial_policy(config)
         # Two patches at once must not reach engines in different orders.
         self._lock = asyncio.Lock()
+        self._joined: set[str] = set()
+        """Engines that may still be STARTING and yet have had the policy: patches reach them."""
 
     @property
     def policy(self) -> SpeculationPolicy:
         """What holds now, for every engine and every joiner."""
         return self._policy
+
+    async def apply_to(self, engine: EngineHandle) -> None:
+        """Give the policy to an engine that joins, before it serves.
+
+        Raises:
+            EngineError: the engine did not take it; it must not serve.
+        """
+        async with self._lock:  # bounded as in patch()
+            await engine.set_speculation(self._whole())
+            self._joined &= {known.engine_id for known in self._pool.engines()}
+            self._joined.add(engine.engine_id)
 
     async def patch(self, patch: SpeculationPatch) -> None:
         """Change the policy on every engine.
@@ -122,6 +135,10 @@ class LiveSpeculation:
             max_num_speculative_tokens=self._pool.max_num_speculative_tokens,
             engines=engines,
         )
+
+    def _whole(self) -> SpeculationPatch:
+        # Never only the changes: an engine that missed an earlier patch is right again.
+        return SpeculationPatch.model_validate(self._policy.model_dump())
 
     def _reachable(self) -> list[EngineHandle]:
         return [engine for engine in self._pool.engines() if engine.state not in UNREACHABLE_STATES]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
@@ -48,7 +48,7 @@ class DispatchQueue:
         self._engine_wait_timeout_s = engine_wait_timeout_s
         self._kv_cache_usage = kv_cache_usage
         self._clock = clock
-        self._waiters: deque[_Waiter] = deque()
+        self._waiters: OrderedDict[str, _Waiter] = OrderedDict()  # by request id, in order
         self._reserved: dict[str, int] = {}
         self._dead: set[str] = set()
         self._without_engine_since_s: float | None = None
@@ -57,7 +57,7 @@ class DispatchQueue:
     @property
     def num_queued_samples(self) -> int:
         """Samples that wait for an engine."""
-        return sum(waiter.num_samples for waiter in self._waiters)
+        return sum(waiter.num_samples for waiter in self._waiters.values())
 
     def num_reserved(self, engine_id: str) -> int:
         """Samples ``engine_id`` holds."""
@@ -74,7 +74,7 @@ class DispatchQueue:
         """
         future: asyncio.Future[EngineHandle | None] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(request_id=request_id, num_samples=num_samples, future=future)
-        self._waiters.append(waiter)
+        self._waiters[request_id] = waiter
         self.dispatch()
         try:
             # Bounded from outside: run() fails the future once engines have been missing for
@@ -85,8 +85,7 @@ class DispatchQueue:
                 handle = future.result()
                 if handle is not None:
                     self.release(handle.engine_id, num_samples)
-            elif waiter in self._waiters:
-                self._waiters.remove(waiter)
+            elif self._waiters.pop(request_id, None) is not None:
                 self.dispatch()
             raise
 
@@ -102,14 +101,13 @@ class DispatchQueue:
 
     def withdraw(self, request_id: str) -> bool:
         """Take a waiting request out of the queue. False when it does not wait."""
-        for waiter in self._waiters:
-            if waiter.request_id == request_id:
-                self._waiters.remove(waiter)
-                if not waiter.future.done():
-                    waiter.future.set_result(None)
-                self.dispatch()
-                return True
-        return False
+        waiter = self._waiters.pop(request_id, None)
+        if waiter is None:
+            return False
+        if not waiter.future.done():
+            waiter.future.set_result(None)
+        self.dispatch()
+        return True
 
     def mark_dead(self, engine_id: str) -> None:
         """Never dispatch to ``engine_id`` again, whatever its handle still believes."""
@@ -127,9 +125,9 @@ class DispatchQueue:
             return
         handles = {engine.engine_id: engine for engine in self._pool.engines()}
         while self._waiters:
-            waiter = self._waiters[0]
+            waiter = next(iter(self._waiters.values()))
             if waiter.future.done():  # cancelled while it waited
-                self._waiters.popleft()
+                del self._waiters[waiter.request_id]
                 continue
             loads = [self._load(handle) for handle in handles.values()]
             decision = choose_engine(loads, waiter.num_samples, self._max_samples_per_engine)
@@ -140,7 +138,7 @@ class DispatchQueue:
             self._without_engine_since_s = None
             if decision.engine_id is None:
                 break
-            self._waiters.popleft()
+            del self._waiters[waiter.request_id]
             reserved = self._reserved.get(decision.engine_id, 0)
             self._reserved[decision.engine_id] = reserved + waiter.num_samples
             waiter.future.set_result(handles[decision.engine_id])
@@ -162,7 +160,7 @@ class DispatchQueue:
     def fail_all(self, error: UnavailableError) -> None:
         """End every wait with ``error`` (shutdown)."""
         while self._waiters:
-            waiter = self._waiters.popleft()
+            _, waiter = self._waiters.popitem(last=False)
             if not waiter.future.done():
                 waiter.future.set_exception(error)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import openai
 import pytest
 
@@ -121,6 +123,26 @@ async def test_an_engine_that_fails_is_a_500_and_in_mid_stream_an_error_event() 
         with pytest.raises(openai.APIError, match="engine a is dead"):
             [chunk async for chunk in chunks]
     assert service.router.accounts.num_failed == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_failed_prompt_ends_the_others(stream: bool) -> None:
+    stuck, bad = FakeEngine("stuck"), FakeEngine("bad")
+    stuck.unblocked.clear()
+    bad.unblocked.clear()
+    service = fake_service([stuck, bad])
+    async with serving(service) as url, client_of(url) as client:
+        task = asyncio.create_task(
+            client.completions.create(model="tiny", prompt=["a", "b"], stream=stream)
+        )
+        await until(lambda: stuck.num_running == bad.num_running == 1, "both prompts to run")
+        bad.fail_with = EngineError("bad step")
+        bad.unblocked.set()
+        with pytest.raises(openai.InternalServerError, match="bad step"):
+            await task
+        await until(lambda: service.router.accounts.num_pending == 0, "the books to close")
+    assert len(stuck.aborted) == 1
+    assert service.router.num_reserved("stuck") == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -10,7 +10,12 @@ import httpx
 import pytest
 
 from shared.errors import EngineError
-from shared.schemas.rollouts import RolloutResponse, RolloutStatusResponse, StreamLine
+from shared.schemas.rollouts import (
+    RolloutRequest,
+    RolloutResponse,
+    RolloutStatusResponse,
+    StreamLine,
+)
 from shared.types import FinishReason, RewardStatus, RolloutRunState
 from tests.fakes.engine import FakeEngine, fake_tokens
 from tests.fakes.service import FakeCoordinator, FakeScorer, fake_service, running, until
@@ -253,6 +258,40 @@ async def test_every_sample_is_accounted_for_exactly_once() -> None:
     assert accounts.num_delivered == 6
     assert accounts.num_failed + accounts.num_cancelled == 4
     assert accounts.num_failed >= 2
+
+
+async def test_one_failed_group_ends_the_others_and_all_are_accounted_for() -> None:
+    stuck, bad = FakeEngine("stuck"), FakeEngine("bad")
+    stuck.unblocked.clear()
+    bad.unblocked.clear()
+    service = fake_service([stuck, bad])
+    async with running(service) as client:
+        task = asyncio.create_task(client.post("/v1/rollouts", json=body("r")))
+        await until(lambda: stuck.num_running == bad.num_running == 2, "both groups to run")
+        bad.fail_with = EngineError("bad step")
+        bad.unblocked.set()
+        answer = await task
+        accounts = service.router.accounts
+        assert (accounts.num_failed, accounts.num_cancelled, accounts.num_pending) == (2, 2, 0)
+    assert answer.status_code == 500
+    assert len(stuck.aborted) == 1
+
+
+async def test_a_slow_reader_misses_no_group_that_finishes_meanwhile() -> None:
+    engine = FakeEngine("a")
+    engine.unblocked.clear()
+    service = fake_service([engine], max_num_seqs=1)
+    async with running(service):
+        request = RolloutRequest.model_validate(body("r", num_prompts=3))
+        execution = await service.rollouts.submit(request)
+        groups = execution.groups()
+        await until(lambda: engine.num_running == 2, "the first group to run")
+        engine.unblocked.set()
+        first = await anext(groups)
+        await execution.wait(timeout_s=10)  # the others finish while the reader holds the first
+        rest = [group async for group in groups]
+    indexes = [json.loads(group)["prompt_index"] for group in [first, *rest]]
+    assert indexes == [0, 1, 2]
 
 
 async def test_closing_the_service_ends_running_requests() -> None:

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from rollout_server.engine.protocol import GenerateRequest
+from rollout_server.router.dispatch_queue import POLL_S, DispatchQueue
 from rollout_server.router.router import RoutedResult, Router
 from shared.errors import EngineDeadError, EngineError, OverloadedError, UnavailableError
 from shared.schemas.rollouts import SamplingOptions
@@ -200,14 +201,41 @@ async def test_cancelling_a_group_aborts_it_on_its_engine_and_frees_the_room() -
         assert router.num_reserved("a") == 0
 
 
-async def test_cancelling_a_group_that_was_just_given_an_engine_leaks_no_reservation() -> None:
-    async with router_over([FakeEngine("a")]) as (router, _):
-        (task,) = spawn(router, group("g"))
-        await asyncio.sleep(0)  # it has its engine now, and has not run with it yet
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        assert router.num_reserved("a") == 0
+async def test_a_group_cancelled_in_the_moment_it_gets_an_engine_leaks_no_reservation() -> None:
+    queue = DispatchQueue(
+        FakePool([FakeEngine("a")]), max_samples_per_engine=1, engine_wait_timeout_s=60.0
+    )
+    await queue.acquire("g0", 1)
+    waiting = asyncio.create_task(queue.acquire("g1", 1))
+    await asyncio.sleep(0)
+    queue.release("a", 1)  # reserves for g1, whose task has not had its turn yet
+    assert queue.num_reserved("a") == 1
+    waiting.cancel()
+    with suppress(asyncio.CancelledError):
+        await waiting
+    assert queue.num_reserved("a") == 0
+
+
+async def test_the_time_without_an_engine_is_forgotten_once_there_is_one() -> None:
+    now_s = 0.0
+    engine = FakeEngine("a", state=EngineState.STARTING)
+    queue = DispatchQueue(
+        FakePool([engine]),
+        max_samples_per_engine=1,
+        engine_wait_timeout_s=10.0,
+        clock=lambda: now_s,
+    )
+    loop_task = asyncio.create_task(queue.run())
+    tasks = [asyncio.create_task(queue.acquire(name, 1)) for name in ("g0", "g1")]
+    await until(lambda: queue.num_queued_samples == 2, "both to queue")
+    engine.state = EngineState.SERVING
+    await tasks[0]
+    now_s = 100.0
+    await asyncio.sleep(4 * POLL_S)
+    assert not tasks[1].done()
+    queue.release("a", 1)
+    await tasks[1]
+    loop_task.cancel()
 
 
 async def test_a_stream_moves_to_another_engine_before_its_first_delta_only() -> None:

@@ -52,6 +52,14 @@ async def test_a_patch_reaches_every_engine_whole_and_is_kept_for_joiners() -> N
     assert engines[2].patches == []
 
 
+async def test_a_joiner_gets_the_policy_and_no_later_patch_passes_it_by() -> None:
+    joiner = FakeEngine("a", state=EngineState.STARTING)
+    live = LiveSpeculation(FakePool([joiner]), SpeculationConfig())
+    await live.apply_to(joiner)
+    await live.patch(SpeculationPatch(num_speculative_tokens=2))
+    assert [patch.num_speculative_tokens for patch in joiner.patches] == [4, 2]
+
+
 async def test_a_refused_patch_touches_no_engine() -> None:
     engine = FakeEngine("a")
     live = LiveSpeculation(FakePool([engine]), SpeculationConfig())
