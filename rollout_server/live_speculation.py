@@ -74,17 +74,6 @@ class LiveSpeculation:
         """What holds now, for every engine and every joiner."""
         return self._policy
 
-    async def apply_to(self, engine: EngineHandle) -> None:
-        """Give the policy to an engine that joins, before it serves.
-
-        Raises:
-            EngineError: the engine did not take it; it must not serve.
-        """
-        async with self._lock:  # bounded as in patch()
-            await engine.set_speculation(self._whole())
-            self._joined &= {known.engine_id for known in self._pool.engines()}
-            self._joined.add(engine.engine_id)
-
     async def patch(self, patch: SpeculationPatch) -> None:
         """Change the policy on every engine.
 
@@ -98,8 +87,14 @@ class LiveSpeculation:
         async with self._lock:
             policy = patched_policy(self._policy, patch, self._pool.max_num_speculative_tokens)
             self._policy = policy
+            engines = {engine.engine_id: engine for engine in self._reachable()}
+            engines |= {
+                engine.engine_id: engine
+                for engine in self._pool.engines()
+                if engine.engine_id in self._joined
+            }
             whole = self._whole_policy()
-            await asyncio.gather(*(self._apply(engine, whole) for engine in self._reachable()))
+            await asyncio.gather(*(self._apply(engine, whole) for engine in engines.values()))
 
     async def apply_to(self, engine: EngineHandle) -> None:
         """Give a joining engine the policy in force; called before it serves.
@@ -107,8 +102,10 @@ class LiveSpeculation:
         Raises:
             EngineError: the engine did not take it; it must not serve.
         """
-        async with self._lock:
+        async with self._lock:  # bounded as in patch()
             await engine.set_speculation(self._whole_policy())
+            self._joined &= {known.engine_id for known in self._pool.engines()}
+            self._joined.add(engine.engine_id)
 
     def _whole_policy(self) -> SpeculationPatch:
         """Every field, so that an engine that missed an earlier change is right again."""
@@ -135,10 +132,6 @@ class LiveSpeculation:
             max_num_speculative_tokens=self._pool.max_num_speculative_tokens,
             engines=engines,
         )
-
-    def _whole(self) -> SpeculationPatch:
-        # Never only the changes: an engine that missed an earlier patch is right again.
-        return SpeculationPatch.model_validate(self._policy.model_dump())
 
     def _reachable(self) -> list[EngineHandle]:
         return [engine for engine in self._pool.engines() if engine.state not in UNREACHABLE_STATES]
