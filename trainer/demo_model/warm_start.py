@@ -14,10 +14,8 @@ Shape legend: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from time import monotonic
 from typing import Any
 
@@ -25,10 +23,9 @@ import torch
 
 from shared.config.trainer import ArithmeticTaskConfig
 from trainer.demo_model.accuracy import Accuracy, measure_accuracy
+from trainer.demo_model.examples import ExampleBatches
 from trainer.tasks.arithmetic import ArithmeticTask
 
-BATCH_SIZE = 32
-BATCHES_PER_POOL = 8
 LEARNING_RATE = 2e-3
 LEARNING_RATE_WARMUP_STEPS = 20
 MAX_GRAD_NORM = 1.0
@@ -43,7 +40,6 @@ CHECK_EVERY_STEPS = 20
 FIRST_CHECK_STEP = 100
 NUM_CHECK_PROBLEMS = 96
 MAX_WARM_START_S = 300.0
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,10 +72,10 @@ def warm_start(
     num_steps: int,
     on_progress: Callable[[WarmStartProgress], None],
 ) -> WarmStartResult:
-    """Train ``model`` in place, at most ``num_steps`` steps or about ``MAX_WARM_START_S`` seconds."""
+    """Train ``model`` in place, ``num_steps`` steps or about ``MAX_WARM_START_S`` at most."""
     task = ArithmeticTask(task_config)
     held_out = task.held_out(NUM_CHECK_PROBLEMS) if num_steps >= FIRST_CHECK_STEP else []
-    examples = _Examples(task, tokenizer, seed)
+    examples = ExampleBatches(task, tokenizer, seed)
     optimizers = _optimizers(model)
     deadline_s = monotonic() + MAX_WARM_START_S
     accuracy: Accuracy | None = None
@@ -156,53 +152,3 @@ def _optimizers(model: Any) -> Sequence[torch.optim.Optimizer]:
         ),
         torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-
-
-class _Examples:
-    """Padded batches of similar length: a pool of examples is sorted, cut and shuffled."""
-
-    def __init__(self, task: ArithmeticTask, tokenizer: Any, seed: int) -> None:
-        self.direct_fraction = 0.0
-        self._stream = task.training_stream(seed)
-        self._tokenizer = tokenizer
-        self._rng = random.Random(seed)
-        self._batches: list[list[tuple[list[int], list[int]]]] = []
-
-    def mix_in_direct(self, fraction: float) -> None:
-        """From the next batch on, this fraction of the answers comes without work."""
-        self.direct_fraction = fraction
-        self._batches.clear()
-
-    def next_batch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Input ids, labels and attention mask; only answers (and the end) carry loss."""
-        if not self._batches:
-            self._refill()
-        return _pad(self._batches.pop(), self._tokenizer)
-
-    def _refill(self) -> None:
-        pool = []
-        for item in islice(self._stream, BATCH_SIZE * BATCHES_PER_POOL):
-            is_direct = self._rng.random() < self.direct_fraction
-            answer = item.direct_answer if is_direct else item.worked_answer
-            pool.append((self._tokenizer.encode(item.prompt), self._tokenizer.encode(answer)))
-        if self.direct_fraction == 0.0:
-            pool.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-        # Mixed, a sort by length would sort by kind, and every batch pull the other way.
-        starts = list(range(0, len(pool), BATCH_SIZE))
-        self._rng.shuffle(starts)
-        self._batches = [pool[start : start + BATCH_SIZE] for start in starts]
-
-
-def _pad(
-    pairs: Sequence[tuple[list[int], list[int]]], tokenizer: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    width = max(len(prompt) + len(answer) + 1 for prompt, answer in pairs)
-    input_ids_BT = torch.full((len(pairs), width), tokenizer.pad_token_id)
-    labels_BT = torch.full((len(pairs), width), IGNORED_LABEL)
-    for row, (prompt, answer) in enumerate(pairs):
-        completion = torch.tensor([*answer, tokenizer.eos_token_id])
-        end = len(prompt) + len(completion)
-        input_ids_BT[row, : len(prompt)] = torch.tensor(prompt)
-        input_ids_BT[row, len(prompt) : end] = completion
-        labels_BT[row, len(prompt) : end] = completion
-    return input_ids_BT, labels_BT, (input_ids_BT != tokenizer.pad_token_id).long()

@@ -1,0 +1,121 @@
+"""Pushing weights: the file, the versions, and answers that get lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shared.config.engine import ModelConfig
+from shared.errors import RequestError, WeightTransferError
+from shared.schemas.weights import PublishRequest, PublishResponse
+from shared.weights import build_manifest, segment_name
+from tests.fakes.models import make_micro_model
+from trainer.policy import Policy
+from trainer.publish import Publisher
+from trainer.rollout_client import RolloutClient
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    path = make_micro_model(tmp_path_factory.mktemp("models") / "micro")
+    config = ModelConfig(path=str(path), dtype="bfloat16")
+    return Policy.load(path, config, device=torch.device("cpu"))
+
+
+def publisher(directory: Path, answer: Callable[[httpx.Request], httpx.Response]) -> Publisher:
+    client = RolloutClient(
+        "http://server", timeout_s=5, transport=httpx.MockTransport(answer), pause=lambda _: None
+    )
+    return Publisher(client, directory)
+
+
+def accepted(request: PublishRequest) -> httpx.Response:
+    response = PublishResponse(
+        version=request.version, verify_s=0.0, total_s=0.1, num_bytes=1, engines=[]
+    )
+    return httpx.Response(200, content=response.model_dump_json())
+
+
+def conflict() -> httpx.Response:
+    error = {"code": "conflict", "type": "t", "message": "wrong base", "param": None}
+    return httpx.Response(409, json={"error": error})
+
+
+def committed(version: int) -> httpx.Response:
+    return httpx.Response(200, json={"committed_version": version, "engines": [], "history": []})
+
+
+def test_the_segment_holds_the_policy_in_the_served_dtype_and_is_gone_afterwards(
+    tmp_path: Path, policy: Policy
+) -> None:
+    seen: dict[str, torch.Tensor] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        push = PublishRequest.model_validate_json(request.content)
+        assert (push.version, push.base_version) == (4, 3)
+        path = tmp_path / push.manifest.segment
+        assert build_manifest(path) == push.manifest
+        seen.update(load_file(path))
+        return accepted(push)
+
+    report = publisher(tmp_path, answer).publish(policy, version=4, base_version=3)
+    assert report.version == 4
+    assert report.num_bytes > 0
+    expected = {name: value.bfloat16() for name, value in policy.model.state_dict().items()}
+    del expected["lm_head.weight"]  # tied to the embedding
+    assert seen.keys() == expected.keys()
+    for name, tensor in seen.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, expected[name])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_push_removes_the_segment_too(tmp_path: Path, policy: Policy) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return conflict() if request.method == "POST" else committed(7)
+
+    with pytest.raises(RequestError, match="wrong base"):
+        publisher(tmp_path, answer).publish(policy, version=4, base_version=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_push_whose_answer_was_lost_counts_when_its_version_is_committed(
+    tmp_path: Path, policy: Policy
+) -> None:
+    posts = 0
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        nonlocal posts
+        if request.method == "GET":
+            return committed(4)
+        posts += 1
+        if posts == 1:
+            raise httpx.ReadError("connection reset")
+        return conflict()
+
+    report = publisher(tmp_path, answer).publish(policy, version=4, base_version=3)
+    assert (posts, report.version, report.paused_s) == (2, 4, 0.0)
+
+
+def test_versions_only_go_up(tmp_path: Path, policy: Policy) -> None:
+    with pytest.raises(WeightTransferError, match="version 3 must be above"):
+        publisher(tmp_path, lambda _: conflict()).publish(policy, version=3, base_version=3)
+
+
+def test_segments_of_dead_trainers_are_swept_at_the_start(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    stale = tmp_path / segment_name(child.pid, 1)
+    child.communicate()
+    stale.touch()
+    own = tmp_path / segment_name(os.getpid(), 1)
+    own.touch()
+    publisher(tmp_path, lambda _: conflict())
+    assert list(tmp_path.iterdir()) == [own]
