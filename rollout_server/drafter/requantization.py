@@ -60,7 +60,7 @@ def _linear_weights(
     head = drafter.lm_head if LM_HEAD_WEIGHT in wanted else None
     is_tied = head is not None and head.quant_method.is_tied
     for name, tensor in weights:
-        if is_tied and name == EMBEDDING_WEIGHT:
+        if head is not None and is_tied and name == EMBEDDING_WEIGHT:
             head.weight.weight_loader(head.weight, tensor)
         elif name in wanted and not (is_tied and name == LM_HEAD_WEIGHT):
             yield name, tensor

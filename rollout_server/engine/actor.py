@@ -13,9 +13,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from rollout_server.engine.arguments import EngineSpec, vllm_arguments
+from rollout_server.engine.footprint import Footprint, own_footprint
 from rollout_server.engine.outputs import (
     sampling_arguments,
     to_generated_sample,
@@ -25,6 +24,7 @@ from rollout_server.engine.outputs import (
 from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
 from rollout_server.weights.expectation import check_against_model, expected_tensors
 from shared.errors import EngineDeadError, EngineError, InvalidRequestError, WeightCommitError
+from shared.schemas.rollouts import SamplingOptions
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineCommitTimings, WeightManifest
 from shared.types import FinishReason, PauseMode
@@ -37,7 +37,6 @@ class EngineFacts:
     """What is known of an engine once it has started."""
 
     pid: int
-    child_pids: tuple[int, ...]
     num_kv_blocks: int
     block_size: int
     max_model_len: int
@@ -77,7 +76,6 @@ class EngineActor:
         config = self._llm.vllm_config
         return EngineFacts(
             pid=os.getpid(),
-            child_pids=tuple(child.pid for child in psutil.Process().children(recursive=True)),
             num_kv_blocks=int(config.cache_config.num_gpu_blocks or 0),
             block_size=int(config.cache_config.block_size),
             max_model_len=int(config.model_config.max_model_len),
@@ -87,12 +85,21 @@ class EngineActor:
         )
 
     async def _warm_up(self) -> None:
-        """The first request after a start is slow; nobody's rollout should be it."""
-        from vllm import SamplingParams
+        """The first requests after a start compile kernels; nobody's rollout should be among them.
 
-        parameters = SamplingParams(max_tokens=WARM_UP_TOKENS, ignore_eos=True, temperature=1.0)
-        async for _ in self._llm.generate({"prompt_token_ids": [0]}, parameters, "warm-up"):
-            pass
+        Once alone and once as a group, because vLLM compiles for both kinds of shapes.
+        """
+        sampling = SamplingOptions(max_tokens=WARM_UP_TOKENS, ignore_eos=True)
+        for n in (1, 2):
+            request = GenerateRequest(
+                request_id=f"warm-up-{n}", prompt_token_ids=[0], n=n, sampling=sampling
+            )
+            async for _ in self._outputs(request, streaming=False):
+                pass
+
+    def footprint(self) -> Footprint:
+        """Processes and shared memory of this engine, as of now."""
+        return own_footprint()
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """All samples of one prompt."""

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
-import psutil
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rollout_server.drafter.plan import resolve_scheme
 from rollout_server.engine.actor import EngineFacts
 from rollout_server.engine.arguments import EngineSpec
+from rollout_server.engine.footprint import Footprint, remove_footprint
 from rollout_server.engine.lifecycle import EngineLifecycle
 from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
 from shared.config.server import WeightsConfig
@@ -28,6 +26,7 @@ from shared.types import DrafterScheme, EngineState
 
 CONTROL_TIMEOUT_S = 30.0
 """For calls that only read or set something between two engine steps."""
+FOOTPRINT_TIMEOUT_S = 5.0
 
 
 class RayEngineHandle:
@@ -39,6 +38,7 @@ class RayEngineHandle:
         self._weights = weights
         self._lifecycle = EngineLifecycle()
         self._facts: EngineFacts | None = None
+        self._footprint: Footprint | None = None
         self._committed_version = 0
         self._stage_s: dict[int, float] = {}
         self._created_s = time.monotonic()
@@ -74,6 +74,10 @@ class RayEngineHandle:
             self._actor.start.remote(), "to start", self.spec.engine.start_timeout_s
         )
         assert self._facts is not None
+        # Asked for now as well: an engine that is killed later cannot tell any more.
+        self._footprint = await self._control(
+            self._actor.footprint.remote(), "to list its processes"
+        )
         return self._facts
 
     def serve(self) -> None:
@@ -192,13 +196,17 @@ class RayEngineHandle:
         return timings.model_copy(update={"stage_s": self._stage_s.pop(version, 0.0)})
 
     async def stop(self, reason: str) -> None:
-        """Shut vLLM down, then the actor, then whatever of its processes is still there."""
+        """Shut vLLM down, then the actor, then remove whatever of them is still there."""
         self._lifecycle.die(reason)
+        with contextlib.suppress(SlipstreamError):
+            self._footprint = await self._call(
+                self._actor.footprint.remote(), "to list its processes", FOOTPRINT_TIMEOUT_S
+            )
         with contextlib.suppress(SlipstreamError):
             await self._call(self._actor.shutdown.remote(), "to shut down", CONTROL_TIMEOUT_S)
         ray.kill(self._actor, no_restart=True)
-        if self._facts is not None:
-            await asyncio.to_thread(_kill_leftovers, self._facts)
+        if self._footprint is not None:
+            await asyncio.to_thread(remove_footprint, self._footprint)
 
     def _check_alive(self) -> None:
         if self.state is EngineState.DEAD:
@@ -232,15 +240,3 @@ class RayEngineHandle:
 
 async def _awaited(reference: Awaitable[Any]) -> Any:
     return await reference
-
-
-def _kill_leftovers(facts: EngineFacts) -> None:
-    """vLLM's processes end with the actor; those that do not are killed by the ids it gave."""
-    for pid in (*facts.child_pids, facts.pid):
-        with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
-            process = psutil.Process(pid)
-            with contextlib.suppress(psutil.TimeoutExpired):
-                process.wait(timeout=5)
-                continue
-            if "ray" in process.name().lower() or "vllm" in " ".join(process.cmdline()).lower():
-                os.kill(pid, signal.SIGKILL)
