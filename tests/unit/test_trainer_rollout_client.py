@@ -158,31 +158,42 @@ def test_a_broken_stream_goes_on_without_repeating_a_group() -> None:
 @pytest.mark.parametrize(("code", "error"), [(400, RequestError), (409, RequestError)])
 def test_a_refused_request_is_not_repeated(code: int, error: type[Exception]) -> None:
     time = FakeTime()
-    with answering(status(code)) as (url, _), client_of(url, time) as client:
-        with pytest.raises(error, match="some_code"):
-            indices(client)
+    with (
+        answering(status(code)) as (url, _),
+        client_of(url, time) as client,
+        pytest.raises(error, match="some_code"),
+    ):
+        indices(client)
     assert time.pauses_s == []
 
 
 def test_a_server_error_is_not_repeated() -> None:
-    with answering(status(500)) as (url, _), client_of(url, FakeTime()) as client:
-        with pytest.raises(SlipstreamError, match="500"):
-            client.weights()
+    with (
+        answering(status(500)) as (url, _),
+        client_of(url, FakeTime()) as client,
+        pytest.raises(SlipstreamError, match="500"),
+    ):
+        client.weights()
 
 
 def test_an_error_line_ends_the_stream_with_its_message() -> None:
-    with answering(stream(0, end="error")) as (url, _), client_of(url, FakeTime()) as client:
-        with pytest.raises(SlipstreamError, match="burnt"):
-            indices(client)
+    with (
+        answering(stream(0, end="error")) as (url, _),
+        client_of(url, FakeTime()) as client,
+        pytest.raises(SlipstreamError, match="burnt"),
+    ):
+        indices(client)
 
 
 def test_an_absent_server_is_waited_for_and_then_given_up_with_the_setting_named() -> None:
     with answering() as (url, _):
         pass  # closed again: nobody listens on that port
     time = FakeTime()
-    with client_of(url, time, timeout_s=20.0) as client:
-        with pytest.raises(UnavailableError, match=r"weight status.*trainer\.api_timeout_s 20"):
-            client.weights()
+    with (
+        client_of(url, time, timeout_s=20.0) as client,
+        pytest.raises(UnavailableError, match=r"weight status.*trainer\.api_timeout_s 20"),
+    ):
+        client.weights()
     assert sum(time.pauses_s) <= 20.0
     assert time.pauses_s == sorted(time.pauses_s)
     assert max(time.pauses_s) <= MAX_RETRY_DELAY_S
@@ -199,9 +210,12 @@ def test_progress_starts_the_patience_afresh() -> None:
 def test_a_stop_ends_the_waiting() -> None:
     time = FakeTime()
     time.stop = True
-    with answering(status(503, "1")) as (url, _), client_of(url, time) as client:
-        with pytest.raises(UnavailableError):
-            client.weights()
+    with (
+        answering(status(503, "1")) as (url, _),
+        client_of(url, time) as client,
+        pytest.raises(UnavailableError),
+    ):
+        client.weights()
     assert len(time.pauses_s) == 1
 
 
@@ -211,9 +225,12 @@ def test_an_answer_of_another_shape_is_an_error_that_says_so() -> None:
         handler.end_headers()
         handler.wfile.write(b'{"version": 3}')
 
-    with answering(garbage) as (url, _), client_of(url, FakeTime()) as client:
-        with pytest.raises(SlipstreamError, match="not what this version expects"):
-            client.weights()
+    with (
+        answering(garbage) as (url, _),
+        client_of(url, FakeTime()) as client,
+        pytest.raises(SlipstreamError, match="not what this version expects"),
+    ):
+        client.weights()
 
 
 def test_small_answers_are_parsed() -> None:
@@ -223,15 +240,19 @@ def test_small_answers_are_parsed() -> None:
 
 
 def test_aborting_what_is_already_gone_is_fine() -> None:
-    with answering(status(404), status(500)) as (url, received):
-        with client_of(url, FakeTime()) as client:
+    with (
+        answering(status(404), status(500)) as (url, received),
+        client_of(url, FakeTime()) as client,
+    ):
+        client.abort("run/step=3")
+        with pytest.raises(SlipstreamError, match="500"):
             client.abort("run/step=3")
-            with pytest.raises(SlipstreamError, match="500"):
-                client.abort("run/step=3")
     assert received[0][0] == "DELETE /v1/rollouts/run/step=3"
 
 
 def test_a_request_without_an_id_cannot_be_streamed() -> None:
-    with client_of("http://127.0.0.1:9", FakeTime()) as client:
-        with pytest.raises(ValueError, match="request_id"):
-            next(client.stream_groups(RolloutRequest(prompts=[PromptItem(prompt="x")])))
+    with (
+        client_of("http://127.0.0.1:9", FakeTime()) as client,
+        pytest.raises(ValueError, match="request_id"),
+    ):
+        next(client.stream_groups(RolloutRequest(prompts=[PromptItem(prompt="x")])))

@@ -39,7 +39,7 @@ MIXED_STEPS = 30
 CHECK_EVERY_STEPS = 20
 FIRST_CHECK_STEP = 100
 NUM_CHECK_PROBLEMS = 96
-MAX_WARM_START_S = 300.0
+MAX_WARM_START_S = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
