@@ -1,0 +1,1 @@
+"""What every benchmark shares: engines in this process, facts of the machine, result files."""
