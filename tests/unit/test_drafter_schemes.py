@@ -1,0 +1,72 @@
+"""Round-to-nearest quantization, and which layers it applies to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rollout_server.drafter.plan import DrafterPlan, resolve_scheme
+from rollout_server.drafter.schemes import dequantize_int8, quantize_int8_per_channel
+from shared.config.engine import DrafterConfig
+from shared.types import DrafterScheme
+
+
+def test_int8_rounds_each_channel_to_its_own_scale() -> None:
+    weight = torch.tensor([[127.0, -63.6, 0.4], [1.27, 0.006, -1.27]])
+    quantized = quantize_int8_per_channel(weight)
+    assert quantized.scales_N1.flatten().tolist() == pytest.approx([1.0, 0.01])
+    assert quantized.values_NK.tolist() == [[127, -64, 0], [127, 1, -127]]
+
+
+def test_a_channel_of_zeros_stays_zero_and_finite() -> None:
+    quantized = quantize_int8_per_channel(torch.zeros(2, 4))
+    assert dequantize_int8(quantized).tolist() == [[0.0] * 4] * 2
+
+
+def test_the_given_weight_is_not_changed() -> None:
+    weight = torch.randn(4, 8)
+    before = weight.clone()
+    quantize_int8_per_channel(weight)
+    assert torch.equal(weight, before)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**31), magnitude=st.floats(1e-6, 1e6))
+def test_int8_error_is_at_most_half_a_step(seed: int, magnitude: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 32, generator=generator) * magnitude
+    quantized = quantize_int8_per_channel(weight)
+    error = (dequantize_int8(quantized) - weight).abs()
+    assert bool((error <= quantized.scales_N1 * 0.5001).all())
+    assert quantized.values_NK.abs().max() == 127
+
+
+def test_bfloat16_weights_quantize_like_their_float32_values() -> None:
+    weight = torch.randn(4, 16).to(torch.bfloat16)
+    quantized = quantize_int8_per_channel(weight)
+    assert torch.equal(quantized.values_NK, quantize_int8_per_channel(weight.float()).values_NK)
+
+
+def plan(**settings_: object) -> DrafterPlan:
+    return DrafterPlan.from_config(DrafterConfig.model_validate(settings_), "cpu")
+
+
+def test_auto_is_int8_on_cpu() -> None:
+    assert resolve_scheme(DrafterScheme.AUTO, "cpu") is DrafterScheme.INT8
+    assert plan().scheme is DrafterScheme.INT8
+
+
+def test_excluded_layers_and_the_shared_head_stay_the_targets() -> None:
+    chosen = plan(exclude=[r"layers\.0\.", "down_proj"], quantize_lm_head=False)
+    assert chosen.quantizes("draft_model.model.layers.1.mlp.gate_up_proj")
+    assert not chosen.quantizes("draft_model.model.layers.0.mlp.gate_up_proj")
+    assert not chosen.quantizes("model.layers.3.mlp.down_proj")
+    assert not chosen.quantizes_lm_head()
+
+
+def test_scheme_none_quantizes_nothing() -> None:
+    chosen = plan(scheme="none")
+    assert not chosen.quantizes("model.layers.1.mlp.gate_up_proj")
+    assert not chosen.quantizes_lm_head()

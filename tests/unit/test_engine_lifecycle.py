@@ -1,0 +1,109 @@
+"""Engine states, arguments and what is left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rollout_server.engine.arguments import EngineSpec, engine_environment, vllm_arguments
+from rollout_server.engine.footprint import Footprint, remove_footprint
+from rollout_server.engine.lifecycle import EngineLifecycle
+from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
+from shared.config.speculation import SpeculationConfig
+from shared.types import ENGINE_TRANSITIONS, EngineState
+
+
+@pytest.mark.parametrize("start", list(EngineState))
+@pytest.mark.parametrize("end", list(EngineState))
+def test_only_written_transitions_are_possible(start: EngineState, end: EngineState) -> None:
+    lifecycle = EngineLifecycle()
+    lifecycle._state = start
+    if end in ENGINE_TRANSITIONS[start]:
+        lifecycle.move(end)
+        assert lifecycle.state is end
+    else:
+        with pytest.raises(ValueError, match="cannot go from"):
+            lifecycle.move(end)
+
+
+def test_the_first_cause_of_death_is_kept() -> None:
+    lifecycle = EngineLifecycle()
+    lifecycle.die("first")
+    lifecycle.die("second")
+    assert (lifecycle.state, lifecycle.error) == (EngineState.DEAD, "first")
+
+
+def spec(index: int = 0, device: str = "cpu", **engine: object) -> EngineSpec:
+    return EngineSpec(
+        engine_id="engine-0",
+        index=index,
+        model=ModelConfig(path="/models/policy", max_model_len=256),
+        engine=EngineConfig.model_validate(engine),
+        drafter=DrafterConfig(),
+        speculation=SpeculationConfig(num_speculative_tokens=2, max_num_speculative_tokens=6),
+        device=device,
+    )
+
+
+def test_kv_slots_are_reserved_for_the_longest_draft_a_live_change_may_ask_for() -> None:
+    arguments = vllm_arguments(spec(max_num_seqs=8))
+    assert arguments["speculative_config"]["num_speculative_tokens"] == 6
+    assert arguments["speculative_config"]["num_speculative_tokens_per_batch_size"] == [[1, 8, 6]]
+    assert arguments["speculative_config"]["draft_sample_method"] == "probabilistic"
+
+
+def test_logprobs_are_the_behaviour_policys() -> None:
+    assert vllm_arguments(spec())["logprobs_mode"] == "processed_logprobs"
+
+
+def test_cpu_engines_have_an_explicit_kv_budget_and_cuda_engines_a_share_of_the_gpu() -> None:
+    assert vllm_arguments(spec())["kv_cache_memory_bytes"] == 1024**3
+    assert "kv_cache_memory_bytes" not in vllm_arguments(spec(device="cuda"))
+    assert vllm_arguments(spec(device="cuda"))["gpu_memory_utilization"] == 0.85
+
+
+def test_engines_take_core_lists_in_turn() -> None:
+    cores = ["0", "1"]
+    environments = [engine_environment(spec(index, cpu_cores=cores)) for index in range(3)]
+    assert [e["VLLM_CPU_OMP_THREADS_BIND"] for e in environments] == ["0", "1", "0"]
+
+
+def test_intel_openmp_is_preloaded_where_it_is_installed(tmp_path: Path) -> None:
+    library = tmp_path / "lib" / "libiomp5.so"
+    assert "LD_PRELOAD" not in engine_environment(spec(), tmp_path)
+    library.parent.mkdir()
+    library.touch()
+    assert engine_environment(spec(), tmp_path)["LD_PRELOAD"] == str(library)
+
+
+def test_processes_that_do_not_end_are_killed_and_their_files_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("rollout_server.engine.footprint.EXIT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("rollout_server.engine.footprint.SHARED_MEMORY", tmp_path)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    registration = tmp_path / f"__KMP_REGISTERED_LIB_{child.pid}_0"
+    queue = tmp_path / "psm_0123"
+    for file in (registration, queue):
+        file.touch()
+    create_time = psutil.Process(child.pid).create_time()
+    remove_footprint(
+        Footprint(processes=((child.pid, create_time),), shared_memory_files=(str(queue),))
+    )
+    assert child.wait(timeout=5) < 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_took_over_an_id_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rollout_server.engine.footprint.EXIT_TIMEOUT_S", 0.1)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        remove_footprint(Footprint(processes=((child.pid, 1.0),), shared_memory_files=()))
+        assert child.poll() is None
+    finally:
+        child.kill()
+        child.wait(timeout=5)

@@ -1,0 +1,54 @@
+"""History and totals of speculation decisions."""
+
+from __future__ import annotations
+
+from rollout_server.speculation.controller import EngineLoadSample, SpeculationDecision
+from rollout_server.speculation.recorder import SpeculationRecorder
+from shared.types import SpeculationReason
+
+SAMPLE = EngineLoadSample(
+    kv_cache_usage=0.25, num_running_reqs=3, num_waiting_reqs=1, drafter_is_current=True
+)
+ON = SpeculationDecision(num_speculative_tokens=3, reason=SpeculationReason.BELOW_THRESHOLD)
+OFF = SpeculationDecision(num_speculative_tokens=0, reason=SpeculationReason.ABOVE_THRESHOLD)
+
+
+def test_every_switch_is_remembered_and_quiet_stretches_are_thinned() -> None:
+    recorder = SpeculationRecorder("e", 100, 4)
+    for step in range(100):
+        recorder.record_step(step * 0.0011, SAMPLE, ON if step < 50 else OFF)
+    report = recorder.report(0, 0.1)
+    assert (report.num_steps, report.num_steps_on, report.num_switches) == (100, 50, 1)
+    assert [s.step for s in report.history] == [1, 20, 39, 51, 70, 89]
+    assert report.history[3].num_speculative_tokens == 0
+    assert not report.enabled
+    assert report.kv_cache_usage == 0.1
+
+
+def test_only_steps_after_since_step_are_reported() -> None:
+    recorder = SpeculationRecorder("e", 100, 4)
+    for step in range(3):
+        recorder.record_step(float(step), SAMPLE, ON)
+    assert [s.step for s in recorder.report(1, 0.0).history] == [2, 3]
+
+
+def test_history_is_bounded() -> None:
+    recorder = SpeculationRecorder("e", 16, 4)
+    for step in range(1000):
+        recorder.record_step(float(step), SAMPLE, ON)
+    assert len(recorder.report(0, 0.0).history) == 16
+
+
+def test_acceptance_counts_include_the_bonus_token_in_the_mean_length_only() -> None:
+    recorder = SpeculationRecorder("e", 16, 4)
+    recorder.record_draft(4, 4)
+    recorder.record_draft(4, 1)
+    recorder.record_draft(2, 0)
+    report = recorder.report(0, 0.0)
+    assert (report.num_drafts, report.num_draft_tokens, report.num_accepted_tokens) == (3, 10, 5)
+    assert report.num_accepted_tokens_per_pos == [2, 1, 1, 1]
+    assert report.mean_acceptance_length == 1 + 5 / 3
+
+
+def test_before_the_first_draft_the_mean_length_is_zero() -> None:
+    assert SpeculationRecorder("e", 16, 4).report(0, 0.0).mean_acceptance_length == 0.0
