@@ -142,19 +142,24 @@ def show(record: Mapping[str, object], key: str, pattern: str, unit: str = "") -
     return "–" if value is None else f"{value:{pattern}}{unit}"
 
 
+LINE_PARTS = (
+    ("step", "step ", ".0f", ""),
+    ("reward/mean", "reward ", ".3f", ""),
+    ("eval/accuracy", "accuracy ", ".1%", ""),
+    ("rollout/tokens_per_s", "tokens/s ", ",.0f", ""),
+    ("rollout/mean_acceptance_length", "acceptance length ", ".2f", ""),
+    ("weights/version", "weights v", ".0f", ""),
+    ("weights/push_s", "push ", ".2f", " s"),
+)
+
+
 def plain_line(record: JsonRecord) -> str:
-    """One step as a log line."""
-    parts = [
-        f"step {show(record, 'step', '.0f')}",
-        f"reward {show(record, 'reward/mean', '.3f')}",
-        f"tokens/s {show(record, 'rollout/tokens_per_s', ',.0f')}",
-        f"acceptance length {show(record, 'rollout/mean_acceptance_length', '.2f')}",
-        f"weights v{show(record, 'weights/version', '.0f')}",
-        f"push {show(record, 'weights/push_s', '.2f', ' s')}",
-    ]
-    if number(record, "eval/accuracy") is not None:
-        parts.insert(2, f"accuracy {show(record, 'eval/accuracy', '.1%')}")
-    return "  ".join(parts)
+    """One step as a log line: what was measured in it."""
+    return "  ".join(
+        label + show(record, key, pattern, unit)
+        for key, label, pattern, unit in LINE_PARTS
+        if number(record, key) is not None
+    )
 
 
 def render(state: ProgressState) -> RenderableType:

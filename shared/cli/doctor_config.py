@@ -10,6 +10,9 @@ from shared.cli.doctor_checks import CheckResult, CheckStatus
 from shared.config.run import RunConfig
 from shared.types import TransportKind
 
+CPU_BLOCK_MULTIPLE = 32
+"""KV block sizes vLLM 0.32.0's CPU attention accepts are multiples of this."""
+
 
 def configuration_checks(config: RunConfig) -> list[CheckResult]:
     """Every check of one resolved configuration."""
@@ -62,6 +65,9 @@ def check_remote_code(config: RunConfig) -> CheckResult:
 def check_kv_budget(config: RunConfig) -> CheckResult:
     """A CPU engine has no memory of its own to measure: it must be told its KV budget."""
     engine = config.engine
+    if engine.device == "cpu" and engine.block_size and engine.block_size % CPU_BLOCK_MULTIPLE:
+        detail = f"engine.block_size {engine.block_size} is not a multiple of {CPU_BLOCK_MULTIPLE}"
+        return CheckResult(name="KV cache", status=CheckStatus.FAILED, detail=detail)
     if engine.num_kv_blocks is not None:
         detail = f"{engine.num_kv_blocks} blocks (engine.num_kv_blocks)"
     elif engine.kv_cache_memory_mib is not None:

@@ -59,11 +59,17 @@ class ChildProcess:
     """One service started by the supervisor, with everything that service starts itself."""
 
     def __init__(
-        self, name: str, module: str, arguments: Sequence[str], log_path: Path | None
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        log_path: Path | None,
+        extra_environment: Mapping[str, str] | None = None,
     ) -> None:
         """Args:
         name: for messages.
         log_path: file that gets stdout and stderr; None leaves them on the terminal.
+        extra_environment: added to ``child_environment()``.
         """
         self.name = name
         self.log_path = log_path
@@ -73,7 +79,7 @@ class ChildProcess:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT if self._log is not None else None,
-            env=child_environment(),
+            env=child_environment() | dict(extra_environment or {}),
             # An own session keeps Ctrl-C away from it: the supervisor decides the order of ending.
             start_new_session=True,
             preexec_fn=_die_with_parent(),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -49,6 +52,8 @@ class Supervisor:
         self._resume = resume
         self._children: list[ChildProcess] = []
         self._stop_timeout_s = config.server.shutdown_timeout_s + STOP_MARGIN_S
+        # A cluster that exists already has rules of its own.
+        self._environment = {} if config.ray.address else ray_environment(os.environ)
         self._old_sigterm = signal.getsignal(signal.SIGTERM)
 
     def __enter__(self) -> Self:
@@ -147,7 +152,7 @@ class Supervisor:
     def _start(
         self, name: str, module: str, arguments: list[str], log_path: Path | None
     ) -> ChildProcess:
-        child = ChildProcess(name, module, arguments, log_path)
+        child = ChildProcess(name, module, arguments, log_path, self._environment)
         self._children.append(child)
         return child
 
@@ -156,6 +161,17 @@ class Supervisor:
             raise RunFailedError(_failure(child, late if code is None else f"failed, code {code}"))
         child.stop(0.0)
         self._children.remove(child)
+
+
+def ray_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that let the trainer join the Ray cluster the server starts, and nobody else.
+
+    Ray asks for a token on a cluster it starts itself, but a process that joins by address only
+    sends one when its environment says so. A mode the user has chosen is left alone.
+    """
+    if "RAY_AUTH_MODE" in environment:
+        return {}
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def read_server_file(path: Path) -> ServerAddress | None:

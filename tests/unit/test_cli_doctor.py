@@ -96,6 +96,7 @@ def warnings(*overrides: str) -> set[str]:
         (["server.host=0.0.0.0"], "server.host"),
         (["model.trust_remote_code=true"], "model.trust_remote_code"),
         (["engine.device=cpu"], "KV cache"),
+        (["engine.device=cpu", "engine.num_kv_blocks=9", "engine.block_size=16"], "KV cache"),
         (["engine.device=cpu", "engine.count=2"], "engine.cpu_cores"),
         (["weights.shared_memory_dir=/absent"], "weights.transport"),
     ],

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from shared.cli.doctor_checks import CheckStatus
+from shared.cli.doctor_config import configuration_checks
 from shared.config.loading import dump_run_config, load_run_config
 from shared.types import SpeculationMode
 
@@ -34,6 +36,12 @@ def test_the_preset_listens_on_loopback_only(path: Path) -> None:
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_the_preset_is_named_like_its_file(path: Path) -> None:
     assert load_run_config(path, environment={}).name == path.stem
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_the_doctor_finds_nothing_that_would_fail(path: Path) -> None:
+    results = configuration_checks(load_run_config(path, environment={}))
+    assert [result for result in results if result.status is CheckStatus.FAILED] == []
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

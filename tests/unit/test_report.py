@@ -45,7 +45,8 @@ def run_dir(tmp_path: Path) -> Path:
     """A complete run of six steps with one engine."""
     config = load_run_config(None, ["model.path=some/model", "name=job"], {})
     (tmp_path / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
-    write_lines(tmp_path / "metrics.jsonl", map(step_record, range(1, 7)))
+    before_training = {"step": 0, "eval/accuracy": 0.0}
+    write_lines(tmp_path / "metrics.jsonl", [before_training, *map(step_record, range(1, 7))])
     events, decisions = [], []
     for step in range(1, 7):
         start = 1000.0 + 10 * step
@@ -126,7 +127,7 @@ def test_the_later_record_of_a_step_that_was_done_again_counts(run_dir: Path) ->
     with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 6, "reward/mean": 9.0}\n')
     run = read_run(run_dir)
-    assert len(run.metrics) == 6
+    assert len(run.metrics) == 7
     assert run.values("reward/mean")[-1] == 9.0
 
 

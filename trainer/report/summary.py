@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 
+from trainer.report.jsonl import number
 from trainer.report.run_data import RunData
 from trainer.report.speculation_stats import speculation_share
 
@@ -78,7 +79,8 @@ def summarize(run: RunData) -> RunSummary:
     versions = run.values("weights/version")
     return RunSummary(
         name=run.run_dir.name,
-        num_steps=len(run.metrics),
+        # Step 0 is the evaluation before training.
+        num_steps=sum((number(record, "step") or 0) > 0 for record in run.metrics),
         total_s=max(times) - min(times) if len(times) > 1 else phase_total_s or None,
         first_reward=mean(reward[:NUM_EDGE_STEPS]),
         last_reward=mean(reward[-NUM_EDGE_STEPS:]),
