@@ -137,6 +137,12 @@ def test_a_single_step_without_speculation_is_plotted(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"reward.png", "phases.png"}
 
 
+def test_decisions_from_before_the_first_event_are_not_plotted(run_dir: Path) -> None:
+    write_lines(run_dir / "events.jsonl", [{"time_s": 5000.0, "event": "eval_start", "step": 0}])
+    build_report(run_dir)
+    assert not any(path.name.startswith("speculation") for path in (run_dir / "plots").iterdir())
+
+
 def test_a_missing_run_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
         build_report(tmp_path / "absent")

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from trainer.report.run_data import RunData
 from trainer.report.style import BLUE, GREEN, MUTED, ORANGE, PHASE_COLOURS, new_figure, save
+from trainer.report.summary import duration
 
 SMOOTH_WINDOW_STEPS = 5
 
@@ -112,7 +113,7 @@ def plot_phases(run: RunData, directory: Path) -> Path | None:
         if not column:
             continue
         heights = np.array([column.get(step, 0.0) for step in steps])
-        label = f"{name} ({heights.sum():,.0f} s)"
+        label = f"{name} ({duration(float(heights.sum()))})"
         axes.bar(steps, heights, 0.85, bottom=floor, color=PHASE_COLOURS[name], label=label)
         floor += heights
     finish_step_axis(axes, "Time per phase", "seconds")

@@ -27,39 +27,37 @@ ZOOM_MARGIN = 0.04
 
 
 def plot_speculation(run: RunData, directory: Path) -> Path | None:
-    """The whole run."""
+    """The whole run, without the engines' warm-up before it."""
     if not run.decisions:
         return None
-    times = [decision.time_s for decision in run.decisions] + [event.time_s for event in run.events]
-    span = (min(times), max(times))
+    start_s, end_s = run.decisions[0].time_s, run.decisions[-1].time_s
+    if run.events:
+        start_s, end_s = run.events[0].time_s, max(end_s, run.events[-1].time_s)
     title = "KV-cache occupancy and speculation over the run"
-    return draw(run, run.decisions, span, title, directory / "speculation.png")
+    return draw(run, (start_s, end_s), title, directory / "speculation.png")
 
 
 def plot_speculation_zoom(run: RunData, directory: Path) -> Path | None:
-    """The batch in which speculation switched most often."""
+    """The batch in which speculation switched most often, as long as its engines worked."""
     window = liveliest_window(run.decisions, rollout_windows(run.events))
     if window is None:
         return None
     step, start_s, end_s = window
-    margin_s = ZOOM_MARGIN * (end_s - start_s)
-    span = (start_s - margin_s, end_s + margin_s)
-    inside = [d for d in run.decisions if span[0] <= d.time_s <= span[1]]
+    last_s = max(d.time_s for d in run.decisions if d.time_s <= end_s)
+    margin_s = ZOOM_MARGIN * (last_s - start_s)
     title = f"One batch of rollouts close up (training step {step})"
-    return draw(run, inside, span, title, directory / "speculation_zoom.png")
+    span = (start_s - margin_s, last_s + margin_s)
+    return draw(run, span, title, directory / "speculation_zoom.png")
 
 
-def draw(
-    run: RunData,
-    decisions: Sequence[Decision],
-    span: tuple[float, float],
-    title: str,
-    path: Path,
-) -> Path:
-    """One panel per engine; time in seconds since the start of ``span``."""
+def draw(run: RunData, span: tuple[float, float], title: str, path: Path) -> Path | None:
+    """One panel per engine; time in seconds since the start of ``span``. None without records."""
+    decisions = [d for d in run.decisions if span[0] <= d.time_s <= span[1]]
     engines = list(by_engine(decisions).items())
+    if not engines:
+        return None
     shown = engines[:MAX_ENGINES]
-    figure, panels = new_figure(max(1, len(shown)), 3.6 if len(shown) < 2 else 2.3)
+    figure, panels = new_figure(len(shown), 3.6 if len(shown) < 2 else 2.3)
     for axes, (engine_id, records) in zip(panels, shown, strict=True):
         draw_engine(axes, records, span[0])
         if run.config is not None:
