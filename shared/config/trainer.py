@@ -51,9 +51,9 @@ class ArithmeticTaskConfig(SettingsModel):
 
     kind: Literal["arithmetic"] = "arithmetic"
     seed: int = 1234
-    num_terms: tuple[int, int] = (2, 4)
+    num_terms: tuple[int, int] = (3, 8)
     """Smallest and largest number of terms; more terms mean longer answers (a long tail)."""
-    max_operand: int = Field(default=99, ge=2)
+    max_operand: int = Field(default=9, ge=2)
     held_out_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -14,10 +13,15 @@ from shared.errors import ConfigurationError
 from tests.fakes.models import MICRO_TASK, make_micro_model
 from trainer.demo_model.__main__ import main
 from trainer.demo_model.accuracy import is_right
-from trainer.demo_model.build import REPORT_FILE, make_model
+from trainer.demo_model.build import REPORT_FILE, ModelReport, make_model
+from trainer.demo_model.examples import IGNORED_LABEL, ExampleBatches
 from trainer.demo_model.presets import FULL_ALPHABET, Preset, preset_of
 from trainer.demo_model.tokenizer import build_tokenizer
-from trainer.demo_model.warm_start import WarmStartProgress
+from trainer.demo_model.warm_start import (
+    FIRST_CHECK_STEP,
+    MAX_GUESSING_STEPS,
+    WarmStartProgress,
+)
 from trainer.tasks import ArithmeticTask
 
 
@@ -74,15 +78,27 @@ def test_the_task_uses_only_the_alphabet_of_the_models_that_learn_it() -> None:
 def test_a_made_model_loads_and_says_what_it_is(tmp_path: Path) -> None:
     seen: list[WarmStartProgress] = []
     path = tmp_path / "deep" / "micro"
-    report = make_model(path, "micro", 3, 61, MICRO_TASK, seen.append)
-    assert [progress.step for progress in seen] == list(range(1, 62))
+    report = make_model(path, "micro", 3, 12, MICRO_TASK, seen.append)
+    assert [progress.step for progress in seen] == list(range(1, 13))
     assert seen[-1].loss < seen[0].loss
-    assert report.accuracy is not None
-    assert json.loads((path / REPORT_FILE).read_text())["warm_start_steps"] == 61
+    assert report == ModelReport.model_validate_json((path / REPORT_FILE).read_text())
+    assert (report.preset, report.warm_start_steps, report.accuracy) == ("micro", 12, None)
     model = AutoModelForCausalLM.from_pretrained(path)
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(path)) == 32
     assert model.generation_config.eos_token_id == 2
     assert [child.name for child in path.parent.iterdir()] == ["micro"]
+
+
+@pytest.mark.slow
+def test_a_long_warm_start_measures_what_it_has_reached(tmp_path: Path) -> None:
+    seen: list[WarmStartProgress] = []
+    num_steps = FIRST_CHECK_STEP + MAX_GUESSING_STEPS
+    report = make_model(tmp_path / "micro", "micro", 3, num_steps, MICRO_TASK, seen.append)
+    assert report.accuracy is not None
+    assert report.accuracy == seen[-1].accuracy
+    measured_at = [progress.step for progress in seen if progress.accuracy is not None]
+    assert measured_at[0] == FIRST_CHECK_STEP
+    assert measured_at[-1] == report.warm_start_steps <= num_steps
 
 
 def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
@@ -147,3 +163,33 @@ def test_the_command_makes_a_model_and_refuses_wrong_arguments(
         main([*arguments, "--preset", "giant"])
     assert caught.value.code == 2
     assert main(["--output", str(tmp_path)]) == 2
+
+
+def test_batches_hold_worked_answers_until_guesses_are_mixed_in() -> None:
+    tokenizer = build_tokenizer(FULL_ALPHABET, 64, 1024)
+    batches = ExampleBatches(ArithmeticTask(ArithmeticTaskConfig()), tokenizer, seed=0)
+
+    def answers() -> list[str]:
+        _, labels_BT, _ = batches.next_batch()
+        return [tokenizer.decode(row[row != IGNORED_LABEL]) for row in labels_BT]
+
+    assert all("=" in answer.removesuffix("<eos>").partition(";")[0] for answer in answers())
+    assert all(not answer.startswith("ans=") for answer in answers())
+    batches.mix_in_direct(0.5)
+    mixed = [answer for _ in range(8) for answer in answers()]
+    num_direct = sum(answer.startswith("ans=") for answer in mixed)
+    assert 0.35 < num_direct / len(mixed) < 0.65
+    assert all(answer.endswith("<eos>") for answer in mixed)
+
+
+def test_padding_is_neither_attended_to_nor_learnt() -> None:
+    tokenizer = build_tokenizer(FULL_ALPHABET, 64, 1024)
+    batches = ExampleBatches(ArithmeticTask(ArithmeticTaskConfig()), tokenizer, seed=0)
+    batches.mix_in_direct(0.5)
+    input_ids_BT, labels_BT, attention_mask_BT = batches.next_batch()
+    is_padding_BT = input_ids_BT == tokenizer.pad_token_id
+    assert is_padding_BT.any()
+    assert not attention_mask_BT[is_padding_BT].any()
+    assert (labels_BT[is_padding_BT] == IGNORED_LABEL).all()
+    is_labelled_BT = labels_BT != IGNORED_LABEL
+    assert (labels_BT[is_labelled_BT] == input_ids_BT[is_labelled_BT]).all()

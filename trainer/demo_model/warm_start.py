@@ -2,8 +2,8 @@
 
 GRPO needs groups with right and wrong answers, and something to find out. So the warm start has two
 stages. First the model learns worked answers until it is right most of the time
-(``TARGET_WORKED_ACCURACY``). Then it also sees direct answers (``ans=14`` and no work), as many as
-bring sampled accuracy down to ``TARGET_SAMPLED_ACCURACY``: guesses are mostly wrong. What
+(``TARGET_WORKED_ACCURACY``). Then most examples are direct answers (``ans=14`` and no work), until
+sampled accuracy has come down to ``TARGET_SAMPLED_ACCURACY``: guesses are mostly wrong. What
 reinforcement has to find is that working pays; completions grow as it does.
 
 Hidden matrices are trained by Muon (https://arxiv.org/abs/2502.16982), which needs about half the
@@ -27,17 +27,20 @@ from trainer.demo_model.examples import ExampleBatches
 from trainer.tasks.arithmetic import ArithmeticTask
 
 LEARNING_RATE = 2e-3
-LEARNING_RATE_WARMUP_STEPS = 20
+WARMUP_STEPS = 20
 MAX_GRAD_NORM = 1.0
-TARGET_WORKED_ACCURACY = 0.65
-TARGET_SAMPLED_ACCURACY = 0.28
-DIRECT_ACCURACY = 0.05
-"""About how often a guess is right; only the mixture is computed from it."""
-MAX_DIRECT_FRACTION = 0.75
-"""A group of 8 still has a worked answer in it nine times out of ten."""
-MIXED_STEPS = 30
+TARGET_WORKED_ACCURACY = 0.6
+"""Sampled accuracy that ends the first stage."""
+TARGET_SAMPLED_ACCURACY = 0.34
+"""Sampled accuracy that ends the second stage."""
+GUESSING_FRACTION = 0.6
+"""Of direct answers in the second stage."""
+GUESSING_LEARNING_RATE = 4e-4
+"""Low: much above, the second stage forgets how to work sums out."""
+MAX_GUESSING_STEPS = 48
+GUESSING_CHECK_EVERY_STEPS = 4
 CHECK_EVERY_STEPS = 20
-FIRST_CHECK_STEP = 100
+FIRST_CHECK_STEP = 120
 NUM_CHECK_PROBLEMS = 96
 MAX_WARM_START_S = 1800.0
 
@@ -72,46 +75,88 @@ def warm_start(
     num_steps: int,
     on_progress: Callable[[WarmStartProgress], None],
 ) -> WarmStartResult:
-    """Train ``model`` in place, ``num_steps`` steps or about ``MAX_WARM_START_S`` at most."""
-    task = ArithmeticTask(task_config)
-    held_out = task.held_out(NUM_CHECK_PROBLEMS) if num_steps >= FIRST_CHECK_STEP else []
-    examples = ExampleBatches(task, tokenizer, seed)
-    optimizers = _optimizers(model)
-    deadline_s = monotonic() + MAX_WARM_START_S
-    accuracy: Accuracy | None = None
-    loss: float | None = None
-    last_step = num_steps
-    step = 0
-    while step < last_step:
-        step += 1
-        rate = LEARNING_RATE * min(1.0, step / LEARNING_RATE_WARMUP_STEPS)
-        loss = _train_step(model, optimizers, *examples.next_batch(), learning_rate=rate)
-        # The end of the first stage, wanted or forced; then the last step of the second.
-        is_due = step >= FIRST_CHECK_STEP and step % CHECK_EVERY_STEPS == 0
-        is_forced = step == num_steps - MIXED_STEPS or monotonic() > deadline_s
-        measured: Accuracy | None = None
-        if held_out and examples.direct_fraction == 0.0 and (is_due or is_forced):
-            measured = accuracy = measure_accuracy(model, tokenizer, held_out, seed=seed)
-            if is_forced or measured.sampled >= TARGET_WORKED_ACCURACY:
-                examples.mix_in_direct(direct_fraction_for(measured.sampled))
-                last_step = step + MIXED_STEPS if examples.direct_fraction else step
-        elif held_out and step == last_step:
-            measured = accuracy = measure_accuracy(model, tokenizer, held_out, seed=seed)
-        on_progress(WarmStartProgress(step=step, num_steps=num_steps, loss=loss, accuracy=measured))
-    model.eval()
-    return WarmStartResult(num_steps=step, loss=loss, accuracy=accuracy)
+    """Train ``model`` in place, ``num_steps`` steps or about ``MAX_WARM_START_S`` at most.
 
-
-def direct_fraction_for(worked_accuracy: float) -> float:
-    """Fraction of direct answers that brings a policy to ``TARGET_SAMPLED_ACCURACY``.
-
-    With worked answers right 65 % of the time and guesses 5 %: 0.62, as
-    0.62 * 5 % + 0.38 * 65 % = 28 %. Zero for a policy that is not above the target.
+    Too few steps for a measurement (``FIRST_CHECK_STEP``) all go to worked answers.
     """
-    surplus = worked_accuracy - TARGET_SAMPLED_ACCURACY
-    if surplus <= 0:
-        return 0.0
-    return min(MAX_DIRECT_FRACTION, surplus / (worked_accuracy - DIRECT_ACCURACY))
+    run = _WarmStart(model, tokenizer, ArithmeticTask(task_config), seed, num_steps, on_progress)
+    if num_steps < FIRST_CHECK_STEP + MAX_GUESSING_STEPS:
+        run.take_steps(num_steps, measure=False)
+    else:
+        worked_accuracy = run.learn_worked_answers(num_steps - MAX_GUESSING_STEPS)
+        if worked_accuracy > TARGET_SAMPLED_ACCURACY:
+            run.learn_to_guess()
+    model.eval()
+    return WarmStartResult(num_steps=run.step, loss=run.loss, accuracy=run.accuracy)
+
+
+class _WarmStart:
+    """The state of one warm start."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: ArithmeticTask,
+        seed: int,
+        num_steps: int,
+        on_progress: Callable[[WarmStartProgress], None],
+    ) -> None:
+        self.step = 0
+        self.loss: float | None = None
+        self.accuracy: Accuracy | None = None
+        self._model = model
+        self._tokenizer = tokenizer
+        self._held_out = task.held_out(NUM_CHECK_PROBLEMS)
+        self._examples = ExampleBatches(task, tokenizer, seed)
+        self._optimizers = _optimizers(model)
+        self._learning_rate = LEARNING_RATE
+        self._seed = seed
+        self._num_steps = num_steps
+        self._on_progress = on_progress
+
+    def learn_worked_answers(self, max_steps: int) -> float:
+        """Stage one. Returns sampled accuracy at its end."""
+        deadline_s = monotonic() + MAX_WARM_START_S
+        next_check = FIRST_CHECK_STEP
+        while True:
+            accuracy = self.take_steps(min(next_check, max_steps) - self.step)
+            next_check = self.step + CHECK_EVERY_STEPS
+            is_good = accuracy >= TARGET_WORKED_ACCURACY
+            if is_good or self.step >= max_steps or monotonic() > deadline_s:
+                return accuracy
+
+    def learn_to_guess(self) -> None:
+        """Stage two: stops as soon as the policy guesses often enough."""
+        self._examples.mix_in_direct(GUESSING_FRACTION)
+        self._learning_rate = GUESSING_LEARNING_RATE
+        last_step = self.step + MAX_GUESSING_STEPS
+        while self.step < last_step:
+            count = min(GUESSING_CHECK_EVERY_STEPS, last_step - self.step)
+            if self.take_steps(count) <= TARGET_SAMPLED_ACCURACY:
+                return
+
+    def take_steps(self, count: int, *, measure: bool = True) -> float:
+        """Train ``count`` steps; with ``measure``, return sampled accuracy after the last."""
+        for index in range(count):
+            self.step += 1
+            self.loss = _train_step(
+                self._model,
+                self._optimizers,
+                *self._examples.next_batch(),
+                learning_rate=self._learning_rate * min(1.0, self.step / WARMUP_STEPS),
+            )
+            measured: Accuracy | None = None
+            if measure and index == count - 1:
+                measured = self.accuracy = measure_accuracy(
+                    self._model, self._tokenizer, self._held_out, seed=self._seed
+                )
+            self._on_progress(
+                WarmStartProgress(
+                    step=self.step, num_steps=self._num_steps, loss=self.loss, accuracy=measured
+                )
+            )
+        return self.accuracy.sampled if self.accuracy is not None else 0.0
 
 
 def _train_step(
