@@ -122,7 +122,7 @@ def _unknown_status(engine: EngineHandle) -> EngineStatus:
         pid=None,
         cpu_cores=None,
         target_version=engine.committed_version,
-        drafter_version=0,
+        drafter_version=engine.committed_version,
         drafter_scheme=DrafterScheme.AUTO,
         num_running_reqs=0,
         num_waiting_reqs=0,

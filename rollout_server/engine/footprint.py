@@ -1,7 +1,8 @@
 """What an engine's processes leave outside themselves, so that nothing stays when they are killed.
 
-vLLM's message queues live in ``/dev/shm/psm_*``, and Intel's OpenMP runtime registers every process
-in ``/dev/shm/__KMP_REGISTERED_LIB_<pid>_*``; both stay behind after a SIGKILL.
+vLLM's message queues live in ``/dev/shm/psm_*``, Python's semaphores in ``/dev/shm/sem.mp-*``, and
+Intel's OpenMP runtime registers every process in ``/dev/shm/__KMP_REGISTERED_LIB_<pid>_*``; all of
+them stay behind after a SIGKILL.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import psutil
 
 SHARED_MEMORY = Path("/dev/shm")
-VLLM_QUEUE_PREFIX = "psm_"
+MAPPED_PREFIXES = ("psm_", "sem.mp-")
 OPENMP_FILE = "__KMP_REGISTERED_LIB_{pid}_*"
 EXIT_TIMEOUT_S = 5.0
 
@@ -36,18 +37,18 @@ def own_footprint() -> Footprint:
     files: set[str] = set()
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError):
-            files.update(_mapped_queues(process.pid))
+            files.update(_mapped_files(process.pid))
     return Footprint(
         processes=tuple((process.pid, process.create_time()) for process in processes),
         shared_memory_files=tuple(sorted(files)),
     )
 
 
-def _mapped_queues(pid: int) -> Iterable[str]:
+def _mapped_files(pid: int) -> Iterable[str]:
     for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
         path = line.partition("/")[2].removesuffix(" (deleted)")
         name = Path(f"/{path}").name
-        if Path(f"/{path}").parent == SHARED_MEMORY and name.startswith(VLLM_QUEUE_PREFIX):
+        if Path(f"/{path}").parent == SHARED_MEMORY and name.startswith(MAPPED_PREFIXES):
             yield f"/{path}"
 
 

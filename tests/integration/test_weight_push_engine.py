@@ -78,13 +78,9 @@ async def test_running_sequences_carry_on_and_say_which_tokens_are_whose(
     running = asyncio.create_task(
         generate(engine, random_prompts(4, seed=5), greedy(400), name="running")
     )
-    while (await engine.load())["num_generation_tokens"] == 0 or not (await engine.load())[
-        "num_running_reqs"
-    ]:
-        await asyncio.sleep(0.005)
-    await asyncio.sleep(0.1)
-    source = pushable[1]
-    await push(engine, source, version, tmp_path)
+    await asyncio.sleep(0.2)
+    assert (await engine.load())["num_running_reqs"] == 4
+    await push(engine, pushable[1], version, tmp_path)
     for (sample,) in await running:
         spans = sample.weight_versions
         assert [span.version for span in spans] == [version - 1, version]
