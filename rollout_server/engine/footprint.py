@@ -34,22 +34,30 @@ def own_footprint() -> Footprint:
     """Of the calling process and everything below it."""
     actor = psutil.Process()
     processes = [*actor.children(recursive=True), actor]
-    files: set[str] = set()
+    inodes: set[int] = set()
     for process in processes:
         with contextlib.suppress(psutil.Error, OSError):
-            files.update(_mapped_files(process.pid))
+            inodes.update(_mapped_inodes(process.pid))
     return Footprint(
         processes=tuple((process.pid, process.create_time()) for process in processes),
-        shared_memory_files=tuple(sorted(files)),
+        shared_memory_files=tuple(sorted(_files_of(inodes))),
     )
 
 
-def _mapped_files(pid: int) -> Iterable[str]:
+def _mapped_inodes(pid: int) -> Iterable[int]:
+    """Inodes of the shared memory a process maps. Names in the map are no use: the C library
+    creates a semaphore under a temporary name and then renames it."""
     for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
-        path = line.partition("/")[2].removesuffix(" (deleted)")
-        name = Path(f"/{path}").name
-        if Path(f"/{path}").parent == SHARED_MEMORY and name.startswith(MAPPED_PREFIXES):
-            yield f"/{path}"
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5].startswith(f"{SHARED_MEMORY}/"):
+            yield int(fields[4])
+
+
+def _files_of(inodes: set[int]) -> Iterable[str]:
+    for entry in os.scandir(SHARED_MEMORY):
+        with contextlib.suppress(OSError):
+            if entry.name.startswith(MAPPED_PREFIXES) and entry.inode() in inodes:
+                yield entry.path
 
 
 def remove_footprint(footprint: Footprint) -> None:

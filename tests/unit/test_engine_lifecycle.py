@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import psutil
 import pytest
 
 from rollout_server.engine.arguments import EngineSpec, engine_environment, vllm_arguments
-from rollout_server.engine.footprint import Footprint, remove_footprint
+from rollout_server.engine.footprint import Footprint, own_footprint, remove_footprint
 from rollout_server.engine.lifecycle import EngineLifecycle
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig
@@ -107,3 +109,16 @@ def test_a_process_that_took_over_an_id_is_left_alone(monkeypatch: pytest.Monkey
     finally:
         child.kill()
         child.wait(timeout=5)
+
+
+def test_a_footprint_knows_the_semaphores_and_queues_of_the_processes() -> None:
+    context = multiprocessing.get_context("spawn")
+    semaphore = context.Semaphore()
+    memory = SharedMemory(create=True, size=64)
+    try:
+        files = own_footprint().shared_memory_files
+        assert f"/dev/shm/{memory.name}" in files
+        assert f"/dev/shm/sem.{semaphore._semlock.name.lstrip('/')}" in files  # type: ignore[attr-defined]
+    finally:
+        memory.close()
+        memory.unlink()
