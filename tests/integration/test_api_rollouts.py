@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
 
-import httpx
 import pytest
 
 from shared.errors import EngineError
@@ -14,36 +12,11 @@ from shared.schemas.rollouts import (
     RolloutRequest,
     RolloutResponse,
     RolloutStatusResponse,
-    StreamLine,
 )
 from shared.types import FinishReason, RewardStatus, RolloutRunState
 from tests.fakes.engine import FakeEngine, fake_tokens
+from tests.fakes.rollout_calls import body, lines, post
 from tests.fakes.service import FakeCoordinator, FakeScorer, fake_service, running, until
-
-
-def body(request_id: str | None = None, num_prompts: int = 2, **more: object) -> dict[str, Any]:
-    return {
-        **({} if request_id is None else {"request_id": request_id}),
-        "prompts": [
-            {"prompt": f"q{index}", "answer": str(index), "metadata": {"id": index}}
-            for index in range(num_prompts)
-        ],
-        "n": 2,
-        "reward": {"name": "length"},
-        **more,
-    }
-
-
-async def post(client: httpx.AsyncClient, request: dict[str, Any]) -> RolloutResponse:
-    answer = await client.post("/v1/rollouts", json=request)
-    assert answer.status_code == 200, answer.text
-    return RolloutResponse.model_validate_json(answer.content)
-
-
-async def lines(client: httpx.AsyncClient, request: dict[str, Any]) -> list[StreamLine]:
-    answer = await client.post("/v1/rollouts", json={**request, "stream": True})
-    assert answer.headers["content-type"].startswith("application/x-ndjson")
-    return [StreamLine.model_validate_json(line) for line in answer.text.splitlines()]
 
 
 async def test_a_request_comes_back_as_scored_groups_in_the_order_of_its_prompts() -> None:
@@ -114,69 +87,6 @@ async def test_a_failure_after_the_start_is_an_error_line_behind_the_finished_gr
     assert got[-1].error.code == "engine_error"
     assert status["state"] == "failed"
     assert status["error"]["message"] == "bad step"
-
-
-async def test_the_same_id_and_body_attaches_to_the_running_request() -> None:
-    engine = FakeEngine("a")
-    engine.unblocked.clear()
-    async with running(fake_service([engine])) as client:
-        first = asyncio.create_task(post(client, body("r")))
-        await until(lambda: len(engine.requests) == 2, "the request to run")
-        second = asyncio.create_task(post(client, body("r")))
-        streamed = asyncio.create_task(lines(client, body("r")))
-        running_state = (await client.get("/v1/rollouts/r")).json()
-        engine.unblocked.set()
-        answers = [await first, await second]
-        assert answers[0] == answers[1]
-        assert [line.type for line in await streamed] == ["group", "group", "done"]
-    assert running_state["state"] == "running"
-    assert "result" not in running_state
-    assert len(engine.requests) == 2
-
-
-async def test_two_posts_of_one_id_at_the_same_moment_start_it_once() -> None:
-    engine = FakeEngine("a")
-    async with running(fake_service([engine])) as client:
-        answers = await asyncio.gather(*(post(client, body("r")) for _ in range(5)))
-    assert all(answer == answers[0] for answer in answers)
-    assert len(engine.requests) == 2
-
-
-async def test_a_finished_request_gives_the_same_result_again() -> None:
-    engine = FakeEngine("a")
-    async with running(fake_service([engine])) as client:
-        first = await post(client, body("r"))
-        assert await post(client, body("r")) == first
-        answer = await client.get("/v1/rollouts/r")
-        status = RolloutStatusResponse.model_validate_json(answer.content)
-    assert status.state is RolloutRunState.FINISHED
-    assert status.result == first
-    assert status.num_finished_groups == status.num_groups == 2
-    assert len(engine.requests) == 2
-
-
-async def test_another_body_under_the_same_id_is_a_conflict() -> None:
-    async with running(fake_service()) as client:
-        await post(client, body("r"))
-        answer = await client.post("/v1/rollouts", json=body("r", n=1))
-    assert answer.status_code == 409
-    assert answer.json()["error"]["param"] == "request_id"
-
-
-async def test_a_failed_request_posted_again_starts_afresh() -> None:
-    engine = FakeEngine("a", fail_with=EngineError("bad step"))
-    async with running(fake_service([engine])) as client:
-        failed = await client.post("/v1/rollouts", json=body("r"))
-        assert failed.status_code == 500
-        engine.fail_with = None
-        assert len((await post(client, body("r"))).groups) == 2
-
-
-async def test_a_kept_result_expires() -> None:
-    async with running(fake_service(server={"result_ttl_s": 0.01})) as client:
-        await post(client, body("r"))
-        await asyncio.sleep(0.05)
-        assert (await client.get("/v1/rollouts/r")).status_code == 404
 
 
 async def test_delete_ends_a_request_with_partial_samples() -> None:
