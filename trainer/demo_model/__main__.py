@@ -78,9 +78,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _make(options: argparse.Namespace) -> int:
     # After the arguments are known to be right: torch and transformers take seconds to import.
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from trainer.demo_model.build import make_model
 
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(min(_MAX_NUM_THREADS, torch.get_num_threads()))
     existed = options.output.exists()
     report = make_model(

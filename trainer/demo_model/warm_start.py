@@ -31,14 +31,14 @@ WARMUP_STEPS = 20
 MAX_GRAD_NORM = 1.0
 TARGET_WORKED_ACCURACY = 0.6
 """Sampled accuracy that ends the first stage."""
-TARGET_SAMPLED_ACCURACY = 0.34
+TARGET_SAMPLED_ACCURACY = 0.36
 """Sampled accuracy that ends the second stage."""
 GUESSING_FRACTION = 0.6
 """Of direct answers in the second stage."""
 GUESSING_LEARNING_RATE = 4e-4
 """Low: much above, the second stage forgets how to work sums out."""
 MAX_GUESSING_STEPS = 48
-GUESSING_CHECK_EVERY_STEPS = 4
+GUESSING_CHECK_EVERY_STEPS = 3
 CHECK_EVERY_STEPS = 20
 FIRST_CHECK_STEP = 120
 NUM_CHECK_PROBLEMS = 96

@@ -17,7 +17,8 @@ from trainer.tasks.problem import Problem, is_held_out
 
 TERM_DECAY = 0.75
 """Each additional term makes a sum this much rarer."""
-_MAX_DRAWS_PER_PROBLEM = 2000
+_MAX_FRUITLESS_DRAWS = 20_000
+"""Draws in a row without a new problem after which there are taken to be no more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,12 +120,15 @@ class ArithmeticTask:
     def _distinct(self, rng: random.Random, count: int, *, held_out: bool) -> list[Problem]:
         """Up to ``count`` different problems of one side; fewer when they run out."""
         found: dict[str, Problem] = {}
-        for _ in range(count * _MAX_DRAWS_PER_PROBLEM):
-            if len(found) == count:
-                break
+        num_fruitless = 0
+        while len(found) < count and num_fruitless < _MAX_FRUITLESS_DRAWS:
             item = self._draw(rng)
-            if is_held_out(item.prompt, self._config.held_out_fraction) is held_out:
-                found.setdefault(item.prompt, _to_problem(item))
+            is_wanted = is_held_out(item.prompt, self._config.held_out_fraction) is held_out
+            if is_wanted and item.prompt not in found:
+                found[item.prompt] = _to_problem(item)
+                num_fruitless = 0
+            else:
+                num_fruitless += 1
         return list(found.values())
 
     def _draw(self, rng: random.Random) -> ArithmeticProblem:
