@@ -1,0 +1,38 @@
+"""The README's figures are those of the result files, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.harness.readme import README, with_figures
+
+
+def document(ratio: float) -> dict[str, object]:
+    common = {"tokens_per_s": 10.0, "ratio_min": 1.0, "ratio_max": 2.0}
+    points = [
+        {"batch": 1, "k": None, "ratio": 1.0, "mean_acceptance_length": 0.0, **common},
+        {"batch": 1, "k": 0, "ratio": 0.99, "mean_acceptance_length": 0.0, **common},
+        {"batch": 1, "k": 2, "ratio": ratio, "mean_acceptance_length": 2.9, **common},
+    ]
+    circumstances = {"num_cores": 2, "cpu": "CPU", "vllm": "0", "commit": "abc"}
+    result = {"bench": "speculation", "points": points}
+    return {"result": result, "circumstances": circumstances, "raw": {"1": [{}, {}]}}
+
+
+def test_readme_holds_what_the_result_files_say() -> None:
+    text = README.read_text()
+    assert "<!-- bench:speculation -->" in text
+    assert with_figures(text) == text, "run: python -m benchmarks.harness.readme"
+
+
+def test_a_changed_result_changes_the_table(tmp_path: Path) -> None:
+    text = "a\n<!-- bench:speculation -->\nold\n<!-- /bench:speculation -->\nb"
+    (tmp_path / "speculation.json").write_text(json.dumps(document(1.25)))
+    changed = with_figures(text, tmp_path)
+    assert "| 1 | 10.0 | 0.99x (1.00 to 2.00) | 1.25x (1.00 to 2.00) |" in changed
+    assert "old" not in changed
+    assert changed.startswith("a\n")
+    assert changed.endswith("\nb")
+    (tmp_path / "speculation.json").write_text(json.dumps(document(1.5)))
+    assert with_figures(changed, tmp_path) != changed
