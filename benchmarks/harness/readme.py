@@ -1,7 +1,7 @@
 """Writes the figures of ``benchmarks/results/`` into the README.
 
-Run ``python -m benchmarks.harness.readme`` after a benchmark. Each table stands between two markers; ``tests/unit/test_readme_figures.py`` checks that what stands
-there is what the result files say.
+Run ``python -m benchmarks.harness.readme`` after a benchmark. Each table stands between two
+markers; ``tests/unit/test_readme_figures.py`` checks that it is what the result files say.
 """
 
 from __future__ import annotations
