@@ -90,12 +90,19 @@ class RayEngineHandle:
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         self._check_alive()
-        result: GenerateResult = await self._call(
-            self._actor.generate.remote(request),
-            f"to generate {request.request_id}",
-            self.spec.engine.generate_timeout_s,
-        )
-        return result
+        timeout_s = self.spec.engine.generate_timeout_s
+        purpose = f"to generate {request.request_id} (engine.generate_timeout_s)"
+        finished = False
+        try:
+            result: GenerateResult = await self._call(
+                self._actor.generate.remote(request), purpose, timeout_s
+            )
+            finished = True
+            return result
+        finally:
+            # Nobody waits for it any more: its KV blocks are needed elsewhere.
+            if not finished and self.state is not EngineState.DEAD:
+                self._actor.abort.remote(request.request_id)
 
     async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
         self._check_alive()
