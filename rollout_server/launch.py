@@ -66,15 +66,20 @@ async def serve(config: RunConfig) -> None:
     """
     ready_file = config.run_dir / READY_FILE_NAME
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    _stop_on_signals(stop)
     listener = _listen(config)
     try:
-        async with running_service(config) as (service, ray_address):
-            # ray.init installs its own SIGTERM handler; take it back.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, stop.set)
+        async with contextlib.AsyncExitStack() as stack:
+            stopping = asyncio.create_task(stop.wait(), name="stop-signal")
+            starting = asyncio.create_task(stack.enter_async_context(running_service(config)))
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                logger.info("stopping before the engines have started")
+                starting.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await starting
+                return
+            service, ray_address = await starting
             server = uvicorn.Server(
                 uvicorn.Config(
                     create_app(service),
@@ -84,19 +89,24 @@ async def serve(config: RunConfig) -> None:
                     lifespan="off",
                 )
             )
-            server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
             serving = asyncio.create_task(_serve_quietly(server, listener), name="uvicorn")
             url = f"http://{config.server.host}:{listener.getsockname()[1]}"
             logger.info("serving on %s", url)
             _write_ready_file(ready_file, url, ray_address)
-            stopping = asyncio.create_task(stop.wait())
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             logger.info("stopping")
+            ready_file.unlink(missing_ok=True)
             server.should_exit = True
             await serving
     finally:
         listener.close()
         ready_file.unlink(missing_ok=True)
+
+
+def _stop_on_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
 
 
 async def _serve_quietly(server: uvicorn.Server, listener: socket.socket) -> None:

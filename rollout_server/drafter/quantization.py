@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
-from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+)
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -123,8 +127,10 @@ class DrafterQuantizationConfig(QuantizationConfig):
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
             return DraftLinearMethod(self._device_type) if self._plan.quantizes_lm_head() else None
-        if isinstance(layer, LinearBase) and self._plan.quantizes(prefix):
-            return DraftLinearMethod(self._device_type)
+        if isinstance(layer, LinearBase):
+            if self._plan.quantizes(prefix):
+                return DraftLinearMethod(self._device_type)
+            return UnquantizedLinearMethod()  # gives way to the target's own module
         return None
 
     def get_name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from typing import Any
 
 import ray
@@ -42,12 +43,16 @@ def start_or_join_cluster(config: RayConfig) -> str:
         }
     else:
         options["address"] = config.address
+    # ray.init puts a SIGTERM handler of its own in place, which ends the process without clean-up.
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(**options)
     except (ConnectionError, RuntimeError) as exc:
         raise UnavailableError(
             f"cannot connect to Ray (ray.address {config.address!r}): {exc}", param="ray.address"
         ) from exc
+    finally:
+        signal.signal(signal.SIGTERM, sigterm_handler)
     address: str = context.address_info["gcs_address"]
     return address
 

@@ -1,0 +1,10 @@
+"""For every test."""
+
+from __future__ import annotations
+
+import signal
+
+# A shell that starts the tests in the background has them ignore SIGINT, and so would every child:
+# with a handler here, children get the default back.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
