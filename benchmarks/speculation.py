@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -47,7 +48,12 @@ def engine_spec(model: Path, *, with_drafter: bool) -> EngineSpec:
         engine_id="with-drafter" if with_drafter else "without-drafter",
         index=0,
         model=ModelConfig(path=str(model), dtype="bfloat16", max_model_len=512),
-        engine=EngineConfig(kv_cache_memory_mib=512, max_num_seqs=32, block_size=32),
+        engine=EngineConfig(
+            kv_cache_memory_mib=512,
+            max_num_seqs=32,
+            block_size=32,
+            cpu_cores=[f"0-{(os.cpu_count() or 1) - 1}"],
+        ),
         drafter=DrafterConfig(enabled=with_drafter),
         speculation=SpeculationConfig(
             mode=SpeculationMode.OFF, num_speculative_tokens=MAX_DRAFT_LENGTH
