@@ -126,4 +126,7 @@ def engine_environment(spec: EngineSpec, prefix: Path | None = None) -> dict[str
             environment["LD_PRELOAD"] = str(library)
         if spec.cpu_cores is not None:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = spec.cpu_cores
+        else:
+            # Left to itself, vLLM keeps one core for others: half of a machine with two.
+            environment["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
     return environment

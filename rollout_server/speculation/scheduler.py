@@ -56,6 +56,8 @@ class _SlipstreamScheduling(Scheduler):
             settings.speculation.history_size,
             settings.speculation.reserved_speculative_tokens,
         )
+        self.last_draft_length = 0
+        """Of the step scheduled last: how many tokens its sequences draft at its end."""
         if self.num_spec_tokens > 0:
             self.dynamic_sd_lookup = _DraftLengthLookup(self)
 
@@ -69,7 +71,8 @@ class _SlipstreamScheduling(Scheduler):
         )
         decision = self.speculation_controller.decide(sample)
         self.speculation_recorder.record_step(time.time(), sample, decision)
-        return decision.num_speculative_tokens
+        self.last_draft_length = decision.num_speculative_tokens
+        return self.last_draft_length
 
     def patch_speculation(self, patch: SpeculationPatch) -> None:
         """Take effect at the next step."""

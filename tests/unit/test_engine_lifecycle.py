@@ -74,6 +74,11 @@ def test_engines_take_core_lists_in_turn() -> None:
     assert [e["VLLM_CPU_OMP_THREADS_BIND"] for e in environments] == ["0", "1", "0"]
 
 
+def test_without_a_core_list_an_engine_may_use_every_core() -> None:
+    assert engine_environment(spec())["VLLM_CPU_NUM_OF_RESERVED_CPU"] == "0"
+    assert "VLLM_CPU_NUM_OF_RESERVED_CPU" not in engine_environment(spec(cpu_cores=["0"]))
+
+
 def test_intel_openmp_is_preloaded_where_it_is_installed(tmp_path: Path) -> None:
     library = tmp_path / "lib" / "libiomp5.so"
     assert "LD_PRELOAD" not in engine_environment(spec(), tmp_path)

@@ -56,6 +56,17 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
     ),
     Symbol("vllm.v1.request", "Request.update_block_hashes"),
     Symbol("vllm.v1.engine.core", "EngineCore.set_weight_version"),
+    Symbol("vllm.v1.engine.core", "EngineCore.post_step", ("model_executed",)),
+    Symbol(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._sample",
+        ("logits", "spec_decode_metadata"),
+    ),
+    Symbol(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.propose_draft_token_ids",
+        ("scheduler_output", "sampled_token_ids"),
+    ),
     Symbol("vllm.model_executor.layers.linear", "LinearMethodBase"),
     Symbol(
         "vllm.model_executor.model_loader.reload.layerwise",
