@@ -23,6 +23,7 @@ def test_int8_rounds_each_channel_to_its_own_scale() -> None:
 def test_a_channel_of_zeros_stays_zero_and_finite() -> None:
     quantized = quantize_int8_per_channel(torch.zeros(2, 4))
     assert dequantize_int8(quantized).tolist() == [[0.0] * 4] * 2
+    assert quantized.scales_N1.flatten().tolist() == [1.0, 1.0], "kernels divide by the scale"
 
 
 def test_the_given_weight_is_not_changed() -> None:
