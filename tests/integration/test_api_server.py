@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import httpx
 
 from shared.schemas.base import ErrorResponse
+from shared.types import RolloutRunState
 from tests.fakes.engine import FakeEngine
 from tests.fakes.http_server import serving
 from tests.fakes.service import fake_service, until
@@ -36,18 +37,19 @@ async def test_a_client_that_leaves_finds_its_result_later() -> None:
     for stream in (False, True):
         engine.unblocked.clear()
         async with serving(fake_service([engine])) as url, httpx.AsyncClient() as client:
-            try:
-                async with client.stream(
-                    "POST", f"{url}/v1/rollouts", json={**BODY, "stream": stream}, timeout=0.3
-                ) as answer:
-                    await answer.aread()
-            except httpx.ReadTimeout:
-                pass
+            body = {**BODY, "stream": stream}
+            leaving = asyncio.create_task(client.post(f"{url}/v1/rollouts", json=body))
+            await until(lambda: engine.num_running == 4, "the samples to be on the engine")
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+            # The server hears of it while it answers this one.
+            state = await client.get(f"{url}/v1/rollouts/r")
+            assert state.json()["state"] == RolloutRunState.RUNNING
             assert engine.num_running == 4
-            assert engine.aborted == []
             engine.unblocked.set()
             again = await client.post(f"{url}/v1/rollouts", json=BODY)
             fetched = await client.get(f"{url}/v1/rollouts/r")
+        assert engine.aborted == []
         assert len(again.json()["groups"]) == 2
         assert fetched.json()["result"] == again.json()
 
