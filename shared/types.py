@@ -104,9 +104,13 @@ class DrafterScheme(StrEnum):
     """Round-to-nearest scheme of the drafter's linear layers."""
 
     AUTO = "auto"
-    """The best for the device: ``int8`` on CPU."""
+    """The best for the device: ``int8`` on CPU, ``int4`` on CUDA."""
     INT8 = "int8"
     """W8A8: per-output-channel weights, per-token dynamic activations."""
+    INT4 = "int4"
+    """W4A16: groups of input channels, activations untouched."""
+    FP8 = "fp8"
+    """W8A8 in float8 e4m3: per-output-channel weights, per-token dynamic activations."""
     NONE = "none"
     """Unquantized copy of the target: the diagnostic whose acceptance must be 100 %."""
 

@@ -1,6 +1,7 @@
 """Round-to-nearest quantization of a linear layer's weight. Pure torch, no vLLM.
 
-Legend: N output channels, K input channels.
+Legend: N output channels, K input channels, G groups of input channels (K / group size),
+P int32 words of packed codes (K / 8).
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from dataclasses import dataclass
 import torch
 
 INT8_MAX = 127
+INT4_MAX_CODE = 15
+INT4_SYMMETRIC_ZERO_CODE = 8
+INT4_CODES_PER_WORD = 8
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8_DTYPE).max  # 448
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,5 +47,96 @@ def quantize_int8_per_channel(weight_NK: torch.Tensor) -> Int8Weight:
 
 
 def dequantize_int8(weight: Int8Weight) -> torch.Tensor:
+    """The float32 [N, K] weight that ``weight`` stands for."""
+    return weight.values_NK.to(torch.float32) * weight.scales_N1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int4Weight:
+    """Group-wise uint4: ``weight ~= (code - zero) * scale`` within each group.
+
+    Word p of a row holds the codes of input channels 8p..8p+7, the first in the lowest four bits
+    (the layout GPTQ and compressed-tensors checkpoints have, and vLLM's repacking starts from).
+    """
+
+    packed_NP: torch.Tensor  # int32 [N, K / 8]
+    scales_NG: torch.Tensor  # float32 [N, K / group size]
+    zeros_NG: torch.Tensor | None  # uint8 codes [N, K / group size]; None: symmetric, code 8
+    group_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Weight:
+    """Per-output-channel float8 e4m3: ``weight_NK ~= values_NK * scales_N1``."""
+
+    values_NK: torch.Tensor  # float8_e4m3fn [N, K]
+    scales_N1: torch.Tensor  # float32 [N, 1]
+
+
+def quantize_int4_groups(
+    weight_NK: torch.Tensor, *, group_size: int, symmetric: bool
+) -> Int4Weight:
+    """Round each group of input channels to the nearest of 16 levels.
+
+    Symmetric: levels -8..7 of ``largest magnitude / 7.5``, so that rounding clips at most half a
+    level at the positive end. Asymmetric: the levels span the group's own range, zero included, so
+    that a weight of zero stays zero.
+
+    Raises:
+        ValueError: K is no multiple of ``group_size``, or ``group_size`` none of 8.
+    """
+    num_rows, num_columns = weight_NK.shape
+    if group_size % INT4_CODES_PER_WORD or num_columns % group_size:
+        raise ValueError(
+            f"int4 groups of {group_size} do not divide a layer's {num_columns} input channels "
+            f"(group sizes are multiples of {INT4_CODES_PER_WORD})"
+        )
+    groups_NGS = weight_NK.to(torch.float32).view(num_rows, -1, group_size)
+    zeros_NG: torch.Tensor | None = None
+    if symmetric:
+        span_NG = groups_NGS.abs().amax(dim=2) / 7.5
+        scales_NG = torch.where(span_NG > 0, span_NG, torch.ones_like(span_NG))
+        codes_NGS = torch.round(groups_NGS / scales_NG[..., None]) + INT4_SYMMETRIC_ZERO_CODE
+    else:
+        lowest_NG = groups_NGS.amin(dim=2).clamp_(max=0)
+        highest_NG = groups_NGS.amax(dim=2).clamp_(min=0)
+        span_NG = (highest_NG - lowest_NG) / INT4_MAX_CODE
+        scales_NG = torch.where(span_NG > 0, span_NG, torch.ones_like(span_NG))
+        zero_NG = torch.round(-lowest_NG / scales_NG)
+        codes_NGS = torch.round(groups_NGS / scales_NG[..., None]) + zero_NG[..., None]
+        zeros_NG = zero_NG.to(torch.uint8)
+    codes_NK = codes_NGS.clamp_(0, INT4_MAX_CODE).to(torch.uint8).view(num_rows, num_columns)
+    bytes_NB = codes_NK[:, 0::2] | (codes_NK[:, 1::2] << 4)
+    return Int4Weight(
+        packed_NP=bytes_NB.contiguous().view(torch.int32),
+        scales_NG=scales_NG,
+        zeros_NG=zeros_NG,
+        group_size=group_size,
+    )
+
+
+def dequantize_int4(weight: Int4Weight) -> torch.Tensor:
+    """The float32 [N, K] weight that ``weight`` stands for."""
+    num_rows = weight.packed_NP.shape[0]
+    bytes_NB = weight.packed_NP.contiguous().view(torch.uint8)
+    codes_NK = torch.stack((bytes_NB & INT4_MAX_CODE, bytes_NB >> 4), dim=2).view(num_rows, -1)
+    groups_NGS = codes_NK.to(torch.float32).view(num_rows, -1, weight.group_size)
+    if weight.zeros_NG is None:
+        groups_NGS -= INT4_SYMMETRIC_ZERO_CODE
+    else:
+        groups_NGS -= weight.zeros_NG.to(torch.float32)[..., None]
+    return (groups_NGS * weight.scales_NG[..., None]).view(num_rows, -1)
+
+
+def quantize_fp8_per_channel(weight_NK: torch.Tensor) -> Fp8Weight:
+    """Scale each output channel so that its largest magnitude is e4m3's, then round."""
+    weight_float_NK = weight_NK.to(torch.float32)
+    largest_N1 = weight_float_NK.abs().amax(dim=1, keepdim=True)
+    scales_N1 = torch.where(largest_N1 > 0, largest_N1 / FP8_MAX, torch.ones_like(largest_N1))
+    values_NK = (weight_float_NK / scales_N1).clamp_(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+    return Fp8Weight(values_NK=values_NK, scales_N1=scales_N1)
+
+
+def dequantize_fp8(weight: Fp8Weight) -> torch.Tensor:
     """The float32 [N, K] weight that ``weight`` stands for."""
     return weight.values_NK.to(torch.float32) * weight.scales_N1

@@ -107,6 +107,10 @@ class DrafterConfig(SettingsModel):
     enabled: bool = True
     """False starts engines without any drafter (they can never speculate)."""
     scheme: DrafterScheme = DrafterScheme.AUTO
+    int4_group_size: Literal[32, 64, 128] = 128
+    """Input channels that share a scale (scheme ``int4``)."""
+    int4_symmetric: bool = True
+    """Scheme ``int4``: False gives each group a zero point of its own."""
     quantize_lm_head: bool = True
     """Quantize the LM head too; False shares the target's."""
     exclude: list[str] = Field(default_factory=list)
