@@ -5,13 +5,11 @@ Token ids of prompts are checked where prompts are tokenized (``rollouts/prompts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rollout_server.engine.protocol import ModelInfo
 from shared.config.server import LimitsConfig
 from shared.errors import InvalidRequestError, TooLargeError
 from shared.schemas.completions import CompletionRequest
-from shared.schemas.rollouts import RolloutRequest
+from shared.schemas.rollouts import LogitBias, RolloutRequest
 
 
 def check_rollout(request: RolloutRequest, limits: LimitsConfig, model: ModelInfo) -> None:
@@ -24,7 +22,9 @@ def check_rollout(request: RolloutRequest, limits: LimitsConfig, model: ModelInf
     check_counts("prompts", len(request.prompts), request.n, limits)
     sampling = request.sampling
     check_max_tokens("sampling.max_tokens", sampling.max_tokens, limits, model)
-    check_stop_tokens("sampling.stop_token_ids", sampling.stop_token_ids, model)
+    for position, token_id in enumerate(sampling.stop_token_ids):
+        check_token("sampling.stop_token_ids", position, token_id, model)
+    check_logit_bias("sampling.logit_bias", sampling.logit_bias, model)
 
 
 def check_completion(request: CompletionRequest, limits: LimitsConfig, model: ModelInfo) -> None:
@@ -41,6 +41,7 @@ def check_completion(request: CompletionRequest, limits: LimitsConfig, model: Mo
         raise InvalidRequestError("prompt is empty", param="prompt")
     check_counts("prompt", num_prompts, request.n, limits)
     check_max_tokens("max_tokens", request.max_tokens, limits, model)
+    check_logit_bias("logit_bias", request.logit_bias, model)
 
 
 def check_counts(param: str, num_prompts: int, n: int, limits: LimitsConfig) -> None:
@@ -77,12 +78,16 @@ def check_max_tokens(param: str, max_tokens: int, limits: LimitsConfig, model: M
         )
 
 
-def check_stop_tokens(param: str, token_ids: Sequence[int], model: ModelInfo) -> None:
-    """Check that every stop token exists."""
-    for position, token_id in enumerate(token_ids):
-        if token_id >= model.vocab_size:
-            raise InvalidRequestError(
-                f"{param}[{position}] is {token_id}, outside the vocabulary of "
-                f"{model.vocab_size} tokens",
-                param=f"{param}.{position}",
-            )
+def check_logit_bias(param: str, bias: LogitBias, model: ModelInfo) -> None:
+    """Check that every biased token exists."""
+    for token_id in bias:
+        check_token(param, token_id, token_id, model)
+
+
+def check_token(param: str, key: int, token_id: int, model: ModelInfo) -> None:
+    """Check that the token at ``param[key]`` exists."""
+    if token_id >= model.vocab_size:
+        raise InvalidRequestError(
+            f"{param}[{key}] is {token_id}, outside the vocabulary of {model.vocab_size} tokens",
+            param=f"{param}.{key}",
+        )

@@ -113,11 +113,13 @@ def sampling_options(request: CompletionRequest) -> SamplingOptions:
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,
+            min_p=request.min_p,
             max_tokens=request.max_tokens,
             stop=stop,
             ignore_eos=request.ignore_eos,
             seed=request.seed,
             repetition_penalty=request.repetition_penalty,
+            logit_bias=request.logit_bias,
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
         )

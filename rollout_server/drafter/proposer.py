@@ -16,7 +16,8 @@ reserved by the scheduler (``VllmConfig.num_lookahead_tokens``).
 
 Leans on (vLLM 0.32.0): ``DraftModelProposer``, its ``propose`` signature as called by
 ``GPUModelRunner.propose_draft_token_ids``, ``_update_positions_dependent_metadata``,
-``build_per_group_and_layer_attn_metadata``, ``_sample_draft_tokens``.
+``build_per_group_and_layer_attn_metadata``, ``_determine_batch_execution_and_padding``; positions
+past the end of the context get no slot (``PADDING_SLOT_ID``).
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from rollout_server.drafter.draft_sampling import DraftSampler
 from rollout_server.drafter.plan import DrafterPlan
+from rollout_server.drafter.proposal import Proposal, ProposalBuffer
 from rollout_server.drafter.quantization import DrafterQuantizationConfig
 from rollout_server.drafter.sharing import (
     allow_provisional_writes,
@@ -54,6 +57,13 @@ class SelfDraftProposer(DraftModelProposer):
         super().__init__(vllm_config, device, runner)
         settings = plugin_settings(vllm_config)
         self.plan = DrafterPlan.from_config(settings.drafter, device.type)
+        self.sampled_token_ids_BJ: torch.Tensor | None = None
+        """What the running step sampled; set by ``verified_steps`` before it drafts."""
+        self._runner = runner
+        self._proposal: Proposal | None = None
+        self._vocab_size = vllm_config.model_config.get_vocab_size()
+        self._proposal_buffer = ProposalBuffer(self._vocab_size, device)
+        self._one_token_each_cpu = torch.from_numpy(self.token_arange_np).clone()
         type(self).active = self
 
     def _create_draft_vllm_config(self) -> VllmConfig:
@@ -103,33 +113,30 @@ class SelfDraftProposer(DraftModelProposer):
         Returns:
             [batch_size, num_speculative_tokens] token ids.
         """
-        self._last_draft_probs = None
         batch_size = common_attn_metadata.num_reqs
         if num_speculative_tokens == 0:
             return torch.empty(batch_size, 0, device=self.device, dtype=torch.int64)
-
-        # Length before the new token. Cloned: the runner's own buffer must stay as it is.
-        seq_lens = common_attn_metadata.seq_lens[:batch_size].clone()
-        if num_rejected_tokens_gpu is not None:
-            seq_lens -= num_rejected_tokens_gpu
-        upper_bound = common_attn_metadata.seq_lens_cpu_upper_bound
-        metadata = replace(
-            common_attn_metadata,
-            seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=None if upper_bound is None else upper_bound.clone(),
-            num_actual_tokens=batch_size,
-            max_query_len=1,
-            query_start_loc=self.arange[: batch_size + 1],
-            query_start_loc_cpu=torch.from_numpy(self.token_arange_np[: batch_size + 1]).clone(),
+        sampler = DraftSampler(
+            sampling_metadata,
+            self._proposal_buffer,
+            num_drafts=num_speculative_tokens,
+            batch_size=batch_size,
+            vocab_size=self._vocab_size,
+            sampled_token_ids_BJ=self.sampled_token_ids_BJ,
         )
-        positions = seq_lens.to(torch.int64) - 1
+        metadata, positions = self._before_first_pass(common_attn_metadata, num_rejected_tokens_gpu)
         cudagraph_mode, padded_size, size_across_dp = self._determine_batch_execution_and_padding(
             batch_size
         )
+        # Views of buffers that every pass writes anew: made once.
+        slot_mapping = self._get_slot_mapping(padded_size)
+        input_ids = self.input_ids[:padded_size]
+        input_positions = self._get_positions(padded_size)
 
         token_ids = next_token_ids
-        drafts: list[torch.Tensor] = []
-        probabilities: list[torch.Tensor] = []
+        drafts_BK = torch.empty(
+            batch_size, num_speculative_tokens, device=self.device, dtype=torch.int64
+        )
         for draft_index in range(num_speculative_tokens):
             positions = self._update_positions_dependent_metadata(
                 positions, metadata, batch_size, padded_size, self.block_size
@@ -137,28 +144,49 @@ class SelfDraftProposer(DraftModelProposer):
             _, per_layer_metadata = self.build_per_group_and_layer_attn_metadata(
                 metadata, draft_index=draft_index
             )
-            self.input_ids[:batch_size] = token_ids
+            input_ids[:batch_size] = token_ids
             with set_forward_context(
                 per_layer_metadata,
                 self.vllm_config,
                 num_tokens=padded_size,
                 num_tokens_across_dp=size_across_dp,
                 cudagraph_runtime_mode=cudagraph_mode,
-                slot_mapping=self._get_slot_mapping(padded_size),
+                slot_mapping=slot_mapping,
             ):
                 hidden_states = self.model(
-                    input_ids=self.input_ids[:padded_size],
-                    positions=self._get_positions(padded_size),
-                    inputs_embeds=None,
+                    input_ids=input_ids, positions=input_positions, inputs_embeds=None
                 )
-            token_ids, draft_probabilities = self._sample_draft_tokens(
-                hidden_states[:batch_size], sampling_metadata
-            )
-            drafts.append(token_ids)
-            if draft_probabilities is not None:
-                probabilities.append(draft_probabilities)
-        if probabilities:
-            # [batch_size, num_speculative_tokens, vocab_size]: the rejection sampler needs the
-            # distribution each draft really came from.
-            self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()
-        return torch.stack(drafts, dim=1)
+            logits = self.model.compute_logits(hidden_states[:batch_size])
+            token_ids = sampler.sample(draft_index, logits)
+            drafts_BK[:, draft_index] = token_ids
+        self._proposal = sampler.proposal(self._runner.input_batch.req_ids)
+        return drafts_BK
+
+    def _before_first_pass(
+        self, common: CommonAttentionMetadata, num_rejected_tokens: torch.Tensor | None
+    ) -> tuple[CommonAttentionMetadata, torch.Tensor]:
+        """Attention metadata of one token per request, and the position of each one's last token.
+
+        ``_update_positions_dependent_metadata`` moves both on by one before each pass.
+        """
+        batch_size = common.num_reqs
+        # Length before the new token. Cloned: the runner's own buffer must stay as it is.
+        seq_lens = common.seq_lens[:batch_size].clone()
+        if num_rejected_tokens is not None:
+            seq_lens -= num_rejected_tokens
+        upper_bound = common.seq_lens_cpu_upper_bound
+        metadata = replace(
+            common,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=None if upper_bound is None else upper_bound.clone(),
+            num_actual_tokens=batch_size,
+            max_query_len=1,
+            query_start_loc=self.arange[: batch_size + 1],
+            query_start_loc_cpu=self._one_token_each_cpu[: batch_size + 1],
+        )
+        return metadata, seq_lens.to(torch.int64) - 1
+
+    def take_proposal(self) -> Proposal | None:
+        """The last cycle's distributions; gone afterwards, so that no later drafts meet them."""
+        proposal, self._proposal = self._proposal, None
+        return proposal

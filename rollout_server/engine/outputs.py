@@ -16,6 +16,8 @@ def sampling_arguments(sampling: SamplingOptions, n: int) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "logit_bias": dict(sampling.logit_bias) or None,
         "max_tokens": sampling.max_tokens,
         "min_tokens": sampling.min_tokens,
         "stop": list(sampling.stop),

@@ -6,7 +6,8 @@ by a request that starts, or restarts, under new ones.
 Leans on (vLLM 0.32.0): ``Scheduler`` (CPU, where vLLM schedules synchronously) and
 ``AsyncScheduler`` (CUDA); ``Scheduler.dynamic_sd_lookup``, read once per ``schedule()`` as
 ``lookup[num_scheduled_requests]`` after KV slots were allocated;
-``Scheduler.make_spec_decoding_stats``; ``Request.cache_salt``, ``block_hashes`` and
+``Scheduler.make_spec_decoding_stats``; ``Scheduler.update_from_output`` and
+``update_draft_token_ids``, called after it; ``Request.cache_salt``, ``block_hashes`` and
 ``update_block_hashes``; ``Scheduler._preempt_request``.
 """
 
@@ -17,8 +18,10 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
+from rollout_server.engine.vllm_plugin.drafts import DRAFTS_ATTRIBUTE
 from rollout_server.engine.vllm_plugin.settings import plugin_settings
 from rollout_server.speculation.controller import (
     EngineLoadSample,
@@ -56,8 +59,6 @@ class _SlipstreamScheduling(Scheduler):
             settings.speculation.history_size,
             settings.speculation.reserved_speculative_tokens,
         )
-        self.last_draft_length = 0
-        """Of the step scheduled last: how many tokens its sequences draft at its end."""
         if self.num_spec_tokens > 0:
             self.dynamic_sd_lookup = _DraftLengthLookup(self)
 
@@ -71,8 +72,18 @@ class _SlipstreamScheduling(Scheduler):
         )
         decision = self.speculation_controller.decide(sample)
         self.speculation_recorder.record_step(time.time(), sample, decision)
-        self.last_draft_length = decision.num_speculative_tokens
-        return self.last_draft_length
+        return decision.num_speculative_tokens
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        """Drafts past a request's last token would be verified for nothing: trim them."""
+        for request_id, drafts in zip(
+            draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+        ):
+            request = self.requests.get(request_id)
+            if request is not None:
+                # Verification gives one token more than it has drafts.
+                del drafts[max(request.max_tokens - request.num_output_tokens - 1, 0) :]
+        super().update_draft_token_ids(draft_token_ids)
 
     def patch_speculation(self, patch: SpeculationPatch) -> None:
         """Take effect at the next step."""
@@ -140,6 +151,15 @@ class _SlipstreamScheduling(Scheduler):
 
 class SlipstreamScheduler(_SlipstreamScheduling):
     """``scheduler_cls`` of engines that schedule synchronously."""
+
+    takes_drafts_from_output = True
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        drafts = getattr(model_runner_output, DRAFTS_ATTRIBUTE, None)
+        if drafts is not None:
+            self.update_draft_token_ids(drafts)
+        return outputs
 
 
 class SlipstreamAsyncScheduler(_SlipstreamScheduling, AsyncScheduler):

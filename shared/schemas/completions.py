@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.schemas.base import WireModel
-from shared.schemas.rollouts import TokenId, WeightVersionSpan
+from shared.schemas.rollouts import MAX_LOGIT_BIASES, LogitBias, TokenId, WeightVersionSpan
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
@@ -32,11 +32,13 @@ class CompletionRequest(WireModel):
     temperature: float = Field(default=1.0, ge=0.0, le=100.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     stop: str | list[str] | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
+    logit_bias: LogitBias = Field(default_factory=dict, max_length=MAX_LOGIT_BIASES)
     logprobs: int | None = Field(default=None, ge=0, le=0)
     """0 returns the sampled tokens' logprobs; alternatives are not offered."""
     echo: Literal[False] = False

@@ -10,6 +10,9 @@ from shared.schemas.base import ErrorBody, JsonObject, WireModel
 from shared.types import FinishReason, RewardStatus, RolloutRunState
 
 TokenId = Annotated[int, Field(ge=0)]
+LogitBias = dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]]
+"""Added to the logits of these tokens before anything else is done to them."""
+MAX_LOGIT_BIASES = 1024
 
 
 class ChatMessage(WireModel):
@@ -53,6 +56,8 @@ class SamplingOptions(WireModel):
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0)
     """0 keeps every token."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Drops tokens less likely than this share of the likeliest one; 0 keeps every token."""
     max_tokens: int = Field(default=256, ge=1)
     min_tokens: int = Field(default=0, ge=0)
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
@@ -62,6 +67,7 @@ class SamplingOptions(WireModel):
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    logit_bias: LogitBias = Field(default_factory=dict, max_length=MAX_LOGIT_BIASES)
 
     @model_validator(mode="after")
     def min_below_max(self) -> Self:

@@ -5,7 +5,9 @@ What it changes in vLLM 0.32.0, all of it here:
 - ``vllm.v1.worker.gpu_model_runner.DraftModelProposer`` becomes ``SelfDraftProposer``
   (``CPUModelRunner`` inherits from that runner);
 - ``vllm.v1.engine.core.EngineCore`` gains the methods in ``core_methods.py``;
-- steps that draft nothing skip what only drafts need (``idle_speculation.py``);
+- steps without drafts run as without speculation (``plain_steps.py``);
+- steps with drafts verify them our way (``speculative_steps.py``);
+- min-p and logit bias work under speculation (``sampling_parameters.py``);
 - one CPU kernel is repaired (``kernel_repair.py``).
 
 The scheduler and the worker extension are given to vLLM by name in its own arguments.
@@ -45,11 +47,14 @@ def register() -> None:
 
         apply_kernel_repair()
 
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker import gpu_model_runner
 
     from rollout_server.drafter.proposer import SelfDraftProposer
-    from rollout_server.engine.vllm_plugin import idle_speculation as idle
+    from rollout_server.engine.vllm_plugin import plain_steps as plain
+    from rollout_server.engine.vllm_plugin import sampling_parameters as parameters
+    from rollout_server.engine.vllm_plugin import speculative_steps as speculative
     from rollout_server.engine.vllm_plugin.core_methods import CORE_METHODS
 
     if hasattr(EngineCore, CORE_METHODS[0].__name__):
@@ -57,9 +62,20 @@ def register() -> None:
     gpu_model_runner.DraftModelProposer = SelfDraftProposer
     for method in CORE_METHODS:
         setattr(EngineCore, method.__name__, method)
+    EngineCore.post_step = speculative.drafts_came_with_output(EngineCore.post_step)
     runner = gpu_model_runner.GPUModelRunner
-    EngineCore.post_step = idle.skip_empty_draft_exchange(EngineCore.post_step)
-    runner._sample = idle.sample_plainly_without_drafts(runner._sample)
-    runner.propose_draft_token_ids = idle.propose_nothing_without_preparation(
+    runner._input_fits_in_drafter = speculative.draft_to_the_end_of_the_context
+    runner._sample = speculative.verify_drafts(runner._sample)
+    runner.propose_draft_token_ids = speculative.tell_drafter_what_was_sampled(
         runner.propose_draft_token_ids
+    )
+    runner.sample_tokens = plain.run_idle_steps_plainly(
+        speculative.send_drafts_with_output(runner.sample_tokens)
+    )
+    runner.execute_model = plain.run_idle_steps_plainly(runner.execute_model)
+    SamplingParams._validate_spec_decode = parameters.allow_under_speculation(
+        SamplingParams._validate_spec_decode
+    )
+    gpu_model_runner.build_logitsprocs = parameters.keep_every_processor(
+        gpu_model_runner.build_logitsprocs
     )

@@ -43,7 +43,11 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
         "DraftModelProposer.build_per_group_and_layer_attn_metadata",
         ("common_attn_metadata", "draft_index"),
     ),
-    Symbol("vllm.v1.spec_decode.draft_model", "DraftModelProposer._sample_draft_tokens"),
+    Symbol(
+        "vllm.v1.spec_decode.draft_model",
+        "DraftModelProposer._determine_batch_execution_and_padding",
+        ("num_tokens",),
+    ),
     Symbol("vllm.v1.spec_decode.draft_model", "DraftModelProposer._create_draft_vllm_config"),
     Symbol("vllm.v1.spec_decode.draft_model", "DraftModelProposer.initialize_attn_backend"),
     Symbol("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request"),
@@ -66,6 +70,46 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner.propose_draft_token_ids",
         ("scheduler_output", "sampled_token_ids"),
+    ),
+    Symbol(
+        "vllm.v1.worker.gpu_model_runner", "GPUModelRunner.execute_model", ("scheduler_output",)
+    ),
+    Symbol("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.sample_tokens", ("grammar_output",)),
+    Symbol(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._input_fits_in_drafter",
+        ("common_attn_metadata",),
+    ),
+    Symbol("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.take_draft_token_ids"),
+    Symbol("vllm.v1.worker.gpu_model_runner", "build_logitsprocs", ("vllm_config", "device")),
+    Symbol("vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",)),
+    Symbol("vllm.v1.worker.gpu_input_batch", "InputBatch.update_async_output_token_ids"),
+    Symbol("vllm.v1.sample.logits_processor.builtin", "MinPLogitsProcessor"),
+    Symbol("vllm.v1.sample.logits_processor.builtin", "LogitBiasLogitsProcessor"),
+    Symbol(
+        "vllm.v1.sample.logits_processor.builtin",
+        "MinTokensLogitsProcessor.apply_with_spec_decode",
+        ("logits", "num_draft_tokens"),
+    ),
+    Symbol(
+        "vllm.v1.sample.ops.bad_words",
+        "apply_bad_words_with_drafts",
+        ("logits", "bad_words_token_ids", "past_tokens_ids", "num_draft_tokens"),
+    ),
+    Symbol("vllm.v1.sample.ops.topk_topp_sampler", "apply_top_k_top_p", ("logits", "k", "p")),
+    Symbol("vllm._custom_ops", "apply_repetition_penalties", ("logits", "prompt_mask")),
+    Symbol(
+        "vllm.v1.sample.sampler",
+        "Sampler.gather_logprobs",
+        ("logprobs", "num_logprobs", "token_ids"),
+    ),
+    Symbol(
+        "vllm.v1.core.sched.scheduler", "Scheduler.update_draft_token_ids", ("draft_token_ids",)
+    ),
+    Symbol(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        ("scheduler_output", "model_runner_output"),
     ),
     Symbol("vllm.model_executor.layers.linear", "LinearMethodBase"),
     Symbol(
