@@ -12,15 +12,12 @@ Leans on (vLLM 0.32.0): ``LinearMethodBase``, ``QuantizationConfig.get_quant_met
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch.nn import Module, Parameter
-from vllm.model_executor.layers.linear import (
-    LinearBase,
-    LinearMethodBase,
-    UnquantizedLinearMethod,
-)
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -28,16 +25,54 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
-from rollout_server.drafter.kernels import make_int8_matmul
+from rollout_server.drafter.kernels.base import DraftKernel, LayerShape, UnsupportedLayerError
+from rollout_server.drafter.kernels.factory import make_draft_kernel, slow_scheme_warning
 from rollout_server.drafter.plan import DrafterPlan
-from rollout_server.drafter.schemes import quantize_int8_per_channel
+
+LOGGER = logging.getLogger(__name__)
+
+
+class SharedWithTargetMethod(LinearMethodBase):
+    """A layer the drafter does not quantize: holds nothing, until ``sharing.py`` puts the target's
+    own module in its place."""
+
+    def create_weights(
+        self,
+        layer: Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        data = torch.empty(shape, dtype=params_dtype, device="meta")
+        placeholder = Parameter(data, requires_grad=False)
+        set_weight_attrs(placeholder, {"weight_loader": self.load_nothing})
+        layer.register_parameter("weight", placeholder)
+
+    @staticmethod
+    def load_nothing(*_: Any, **__: Any) -> None:
+        """The target has loaded this weight."""
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        """Nothing was loaded."""
+
+    def apply(
+        self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        raise RuntimeError("a drafter layer was used before it was shared with the target")
 
 
 class DraftLinearMethod(LinearMethodBase):
-    """Weight handling of one quantized drafter layer (a linear layer or the LM head)."""
+    """One quantized drafter layer (a linear layer or the LM head): a scheme's quantizer, the
+    kernel of the scheme on the device, and the collecting of shards."""
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, plan: DrafterPlan, device_type: str, layer_name: str) -> None:
+        self._plan = plan
         self._device_type = device_type
+        self._layer_name = layer_name
         self.is_tied = False
         """LM head of a model with tied embeddings: fed by the embedding's weight."""
         self.num_packed = 0
@@ -53,7 +88,32 @@ class DraftLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        self._matmul = make_int8_matmul(self._device_type, params_dtype)
+        shape = LayerShape(
+            num_outputs=sum(output_partition_sizes),
+            num_inputs=input_size_per_partition,
+            dtype=params_dtype,
+        )
+        try:
+            self._kernel: DraftKernel[Any] = make_draft_kernel(self._plan, shape, self._device_type)
+        except UnsupportedLayerError as exc:
+            LOGGER.warning(
+                "drafter layer %s is not quantized but shared with the target: %s",
+                self._layer_name,
+                exc,
+            )
+            self._share_instead(
+                layer,
+                input_size_per_partition,
+                output_partition_sizes,
+                input_size,
+                output_size,
+                params_dtype,
+                **extra_weight_attrs,
+            )
+            return
+        if self._kernel.note is not None:
+            LOGGER.info("drafter layer %s: %s", self._layer_name, self._kernel.note)
+        self.apply_quantized = self._kernel.matmul.apply
         self._shape = (sum(output_partition_sizes), input_size_per_partition)
         self._dtype = params_dtype
         self._num_partitions = len(output_partition_sizes)
@@ -66,6 +126,13 @@ class DraftLinearMethod(LinearMethodBase):
         )
         set_weight_attrs(placeholder, {**self._attributes, "weight_loader": self.load_shard})
         layer.register_parameter("weight", placeholder)
+
+    @staticmethod
+    def _share_instead(layer: Module, *sizes: Any, **extra_weight_attrs: Any) -> None:
+        """No kernel takes the layer: ``layer`` gets another method, and this one is dropped."""
+        shared = SharedWithTargetMethod()
+        layer.quant_method = shared
+        shared.create_weights(layer, *sizes, **extra_weight_attrs)
 
     def load_shard(
         self, param: Parameter, loaded_weight: torch.Tensor, *shard: Any, **shard_kwargs: Any
@@ -85,7 +152,7 @@ class DraftLinearMethod(LinearMethodBase):
 
     def pack(self, weight_NK: torch.Tensor) -> None:
         """Quantize this rank's complete weight [N, K] and put it in use."""
-        self._matmul.pack(quantize_int8_per_channel(weight_NK))
+        self._kernel.pack(weight_NK)
         self.num_packed += 1
 
     def is_loading(self) -> bool:
@@ -99,12 +166,12 @@ class DraftLinearMethod(LinearMethodBase):
 
     def num_bytes(self) -> int:
         """Memory of the packed weight and scales."""
-        return self._matmul.num_bytes()
+        return self._kernel.matmul.num_bytes()
 
     def apply(
         self, layer: Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self._matmul.apply(x, bias)
+        return self.apply_quantized(x, bias)
 
     def tie_weights(self, layer: Module, embed_tokens: Module) -> Module:
         # The embedding stays the target's; the head keeps its own quantized copy of it.
@@ -123,15 +190,22 @@ class DrafterQuantizationConfig(QuantizationConfig):
         super().__init__()
         self._plan = plan
         self._device_type = device_type
+        warning = slow_scheme_warning(plan.scheme, device_type)
+        if warning is not None:
+            LOGGER.warning(warning)
 
     def get_quant_method(self, layer: Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, ParallelLMHead):
-            return DraftLinearMethod(self._device_type) if self._plan.quantizes_lm_head() else None
+            quantized = self._plan.quantizes_lm_head()
+            return self._draft_method(prefix) if quantized else None
         if isinstance(layer, LinearBase):
             if self._plan.quantizes(prefix):
-                return DraftLinearMethod(self._device_type)
-            return UnquantizedLinearMethod()  # gives way to the target's own module
+                return self._draft_method(prefix)
+            return SharedWithTargetMethod()
         return None
+
+    def _draft_method(self, layer_name: str) -> DraftLinearMethod:
+        return DraftLinearMethod(self._plan, self._device_type, layer_name)
 
     def get_name(self) -> str:
         return "slipstream_drafter"
