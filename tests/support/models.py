@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -52,13 +53,18 @@ def make_model(
         pad_token_id=0,
     )
     Qwen3ForCausalLM(config).to(dtype).save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+def save_tokenizer(path: Path) -> None:
+    """One token per character of ``CHARACTERS``, after the special ones."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *CHARACTERS])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     ).save_pretrained(path)
-    return path
 
 
 def random_prompts(count: int, *, seed: int, longest: int = 60) -> list[list[int]]:
@@ -70,9 +76,16 @@ def random_prompts(count: int, *, seed: int, longest: int = 60) -> list[list[int
     ]
 
 
+def load_reference(path: Path) -> PreTrainedModel:
+    """The model in Hugging Face, float32. Eager attention: the others leave out soft-capping."""
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
 def greedy_reference(path: Path, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
     """What Hugging Face's ``generate`` says, token for token."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = load_reference(path)
     model.generation_config.eos_token_id = None
     outputs = []
     for prompt in prompts:
@@ -89,7 +102,7 @@ def logprob_reference(
     path: Path, prompt: list[int], completion: list[int], temperature: float
 ) -> list[float]:
     """Log-softmax of logits / temperature at every completion token."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = load_reference(path)
     logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
     logprobs = torch.log_softmax(logits / temperature, dim=-1)
     return logprobs.gather(1, torch.tensor(completion)[:, None])[:, 0].tolist()
