@@ -36,7 +36,7 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
     """Everything but HTTP. Yields the service and the Ray address; stops it all on exit."""
     sweep_stale_segments(Path(config.weights.shared_memory_dir))
     device = resolve_device(config.engine.device)
-    model = read_model_info(config.model)
+    model = read_model_info(config)
     tokenizer = HuggingFaceTokenizer.load(
         config.model.path, trust_remote_code=config.model.trust_remote_code
     )

@@ -9,16 +9,19 @@ from typing import Literal
 from transformers import AutoConfig
 
 from rollout_server.engine.protocol import ModelInfo
-from shared.config.engine import ModelConfig
+from shared.config.model_support import check_model_support
+from shared.config.run import RunConfig
 from shared.errors import ConfigurationError
 
 
-def read_model_info(config: ModelConfig) -> ModelInfo:
+def read_model_info(run: RunConfig) -> ModelInfo:
     """Vocabulary size and context length from the model's configuration.
 
     Raises:
-        ConfigurationError: no model there, or ``model.max_model_len`` is above what it supports.
+        ConfigurationError: no model there, one that cannot be served or cannot draft, or
+            ``model.max_model_len`` is above what it supports.
     """
+    config = run.model
     path = Path(config.path)
     if path.is_absolute() and not (path / "config.json").is_file():
         raise ConfigurationError(
@@ -32,6 +35,7 @@ def read_model_info(config: ModelConfig) -> ModelInfo:
         raise ConfigurationError(
             f"model.path {config.path!r} cannot be read: {exc}", param="model.path"
         ) from exc
+    check_model_support(model.to_dict(), run.engine, run.drafter)
     limit = int(model.max_position_embeddings)
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ConfigurationError(

@@ -85,6 +85,9 @@ def vllm_arguments(spec: EngineSpec) -> dict[str, Any]:
             "num_speculative_tokens_per_batch_size": [[1, engine.max_num_seqs, length]],
         }
         arguments["per_request_spec_decode_metrics"] = "summary"
+        # One block table for all layers: the draft loop follows one. Costs models that mix sliding
+        # windows with full attention (Gemma 2, 3) the KV memory a window would save.
+        arguments["disable_hybrid_kv_cache_manager"] = True
     return arguments
 
 

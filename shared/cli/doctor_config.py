@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 from shared.cli.doctor_checks import CheckResult, CheckStatus
+from shared.config.model_support import check_configured_model
 from shared.config.run import RunConfig
+from shared.errors import ConfigurationError
 from shared.types import TransportKind
 
 CPU_BLOCK_MULTIPLE = 32
@@ -43,9 +45,13 @@ def is_loopback(host: str) -> bool:
 
 
 def check_model(config: RunConfig) -> CheckResult:
-    """The model is there, can be made, or is a name for the hub."""
+    """The model is there and can be served as configured, can be made, or is a name for the hub."""
     path = config.model.path
     if (Path(path) / "config.json").exists():
+        try:
+            check_configured_model(config)
+        except ConfigurationError as exc:
+            return CheckResult(name="model.path", status=CheckStatus.FAILED, detail=exc.message)
         return CheckResult(name="model.path", status=CheckStatus.OK, detail=path)
     if config.demo_model is not None:
         detail = f"{path} is made by the first `slipstream run` ({config.demo_model.preset})"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from shared.config.loading import load_run_config
+from shared.config.model_support import check_configured_model
 from shared.config.run import RunConfig
 from shared.errors import ConfigurationError
 
@@ -47,3 +48,14 @@ def resolve_config(config: Path | None, overrides: list[str] | None) -> RunConfi
             param="model.path",
         )
     return load_run_config(config, overrides or ())
+
+
+def resolve_serving_config(config: Path | None, overrides: list[str] | None) -> RunConfig:
+    """The same, for commands whose engines will hold the model: it has to be one they can serve.
+
+    Raises:
+        ConfigurationError: also when the model cannot be served or cannot draft.
+    """
+    resolved = resolve_config(config, overrides)
+    check_configured_model(resolved)
+    return resolved

@@ -10,7 +10,13 @@ from typing import Annotated
 
 import typer
 
-from shared.cli.options import ConfigOption, JsonOption, SetOption, resolve_config
+from shared.cli.options import (
+    ConfigOption,
+    JsonOption,
+    SetOption,
+    resolve_config,
+    resolve_serving_config,
+)
 from shared.cli.output import print_json, stderr_console
 from shared.cli.processes import run_module
 from shared.cli.run_directory import claim_run_directory, write_config
@@ -27,7 +33,7 @@ ResumeOption = Annotated[
 
 def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
     """Start the rollout server in the foreground."""
-    claimed = claim_run_directory(resolve_config(config, set_), resume=False)
+    claimed = claim_run_directory(resolve_serving_config(config, set_), resume=False)
     path = write_config(claimed, claimed.run_dir / "config.yaml")
     raise typer.Exit(run_module("rollout_server", ["--config", str(path)]))
 
@@ -67,7 +73,7 @@ def run(
     """Run a whole job: model if needed, server, trainer, live view, report, summary."""
     console = stderr_console()
     try:
-        with Supervisor(resolve_config(config, set_), resume=resume) as supervisor:
+        with Supervisor(resolve_serving_config(config, set_), resume=resume) as supervisor:
             console.print(f"run directory: {supervisor.run_dir}", highlight=False)
             supervisor.make_model()
             with console.status("starting engines"):

@@ -12,6 +12,7 @@ from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.server import RayConfig, ScoringConfig, ServerConfig, WeightsConfig
 from shared.config.speculation import SpeculationConfig
 from shared.config.trainer import TrainerConfig
+from shared.config.vllm_arguments import vllm_arguments_problem
 from shared.types import SpeculationMode
 
 
@@ -53,6 +54,15 @@ class RunConfig(SettingsModel):
                 f"speculation.mode {self.speculation.mode.value} needs drafter.enabled true "
                 "(or set speculation.mode off)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def vllm_arguments_can_work(self) -> Self:
+        problem = vllm_arguments_problem(
+            self.engine.vllm_args, drafter_enabled=self.drafter.enabled
+        )
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.config.base import SettingsModel
 from shared.types import SpeculationMode
@@ -26,6 +26,12 @@ class SpeculationConfig(SettingsModel):
     """Engine steps the gate stays closed at least, once it has closed."""
     history_size: int = Field(default=4096, ge=16)
     """Decisions an engine remembers for ``GET /v1/speculation``."""
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def off_is_a_word(cls, value: object) -> object:
+        """YAML reads an unquoted ``off`` as false."""
+        return SpeculationMode.OFF if value is False else value
 
     @model_validator(mode="after")
     def consistent(self) -> Self:

@@ -1,0 +1,266 @@
+"""What cannot be served, or cannot draft, is refused before anything starts, with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from rollout_server.model_info import read_model_info
+from shared.cli.doctor_config import check_model
+from shared.cli.main import app
+from shared.config.engine import DrafterConfig, EngineConfig
+from shared.config.loading import validate_run_config
+from shared.config.model_support import check_model_support, read_model_config
+from shared.errors import ConfigurationError
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "hidden_size": 128,
+    "max_position_embeddings": 512,
+}
+NO_DRAFTER = "; set drafter.enabled: false and speculation.mode: off to serve it as it is"
+UNSERVABLE = {
+    "is_encoder_decoder true": (
+        {"is_encoder_decoder": True},
+        "an encoder-decoder model is no causal language model: rollouts continue a prompt",
+    ),
+    "architectures Qwen2ForSequenceClassification": (
+        {"architectures": ["Qwen2ForSequenceClassification"]},
+        "a pooling, embedding or classification model samples no tokens; "
+        "give a ...ForCausalLM checkpoint",
+    ),
+    "vision_config": (
+        {"vision_config": {"hidden_size": 8}},
+        "prompts and weight pushes are those of a text model; "
+        "give the text-only checkpoint (...ForCausalLM)",
+    ),
+    "architectures Gemma3ForConditionalGeneration": (
+        {"architectures": ["Gemma3ForConditionalGeneration"]},
+        "prompts and weight pushes are those of a text model; "
+        "give the text-only checkpoint (...ForCausalLM)",
+    ),
+    "quantization_config.quant_method gptq": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "pushes carry F32, BF16 or F16 tensors, which a quantized checkpoint has no place for, "
+        "and the drafter is quantized from float weights; give the unquantized checkpoint",
+    ),
+    "use_bidirectional_attention True": (
+        {"use_bidirectional_attention": True},
+        "only causal attention can continue a prompt token by token",
+    ),
+    "is_causal false": (
+        {"is_causal": False},
+        "only causal attention can continue a prompt token by token",
+    ),
+}
+RECURRENT = (
+    "a recurrent state holds all tokens so far: what a rejected draft did to it cannot be "
+    "overwritten as a KV slot can"
+)
+EXPERTS = (
+    "most of the bytes a step reads are experts, and vLLM 0.32.0 has no expert kernel for the "
+    "drafter's schemes on every device (int8 on CPU needs AMX), so the drafter would read as much "
+    "as the target and draft no faster"
+)
+CANNOT_DRAFT = {
+    "num_experts 8": ({"num_experts": 8}, EXPERTS),
+    "num_local_experts 4": ({"num_local_experts": 4}, EXPERTS),
+    "moe_num_experts 16": ({"ffn_config": {"moe_num_experts": 16}}, EXPERTS),
+    "layer_types with linear_attention": (
+        {"layer_types": ["linear_attention", "full_attention"]},
+        RECURRENT,
+    ),
+    "model_type mamba2": ({"model_type": "mamba2"}, RECURRENT),
+    "mamba_d_state": ({"mamba_d_state": 16}, RECURRENT),
+    "kv_lora_rank 512": (
+        {"kv_lora_rank": 512},
+        "latent attention (MLA) folds the float weight of kv_b_proj into its own at load, which a "
+        "quantized drafter does not have, and vLLM 0.32.0 shares no KV cache of its layers",
+    ),
+    "rope_parameters.mrope_section": (
+        {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+        "vLLM 0.32.0 has no multi-dimensional rotary positions (M-RoPE) in draft models",
+    ),
+    "num_kv_shared_layers 10": (
+        {"num_kv_shared_layers": 10},
+        "layers that read another layer's KV cache have none of their own to share with the "
+        "drafter",
+    ),
+    "attention_chunk_size 8192": (
+        {"attention_chunk_size": 8192},
+        "chunked local attention numbers its KV blocks anew at every chunk, and the drafter's "
+        "one-token passes do not",
+    ),
+}
+
+
+def check(changes: dict[str, Any], *, drafter: bool = True, **engine: Any) -> None:
+    check_model_support(
+        {**LLAMA, **changes}, EngineConfig(**engine), DrafterConfig(enabled=drafter)
+    )
+
+
+@pytest.mark.parametrize("found", UNSERVABLE)
+def test_a_model_that_cannot_be_served_is_refused_with_and_without_a_drafter(found: str) -> None:
+    changes, reason = UNSERVABLE[found]
+    for drafter in (True, False):
+        with pytest.raises(ConfigurationError) as error:
+            check(changes, drafter=drafter)
+        assert error.value.message == f"the model has {found} and cannot be served: {reason}"
+        assert error.value.param == "model.path"
+
+
+@pytest.mark.parametrize("found", CANNOT_DRAFT)
+def test_a_model_that_cannot_draft_is_refused_unless_the_drafter_is_off(found: str) -> None:
+    changes, reason = CANNOT_DRAFT[found]
+    with pytest.raises(ConfigurationError) as error:
+        check(changes)
+    expected = f"the model has {found} and cannot draft for itself: {reason}{NO_DRAFTER}"
+    assert error.value.message == expected
+    assert error.value.param == "drafter.enabled"
+    check(changes, drafter=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"architectures": ["GPT2LMHeadModel"]},
+        {"num_experts": 0, "n_routed_experts": None, "quantization_config": None},
+        {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "is_causal": True},
+        {"use_bidirectional_attention": False, "attn_logit_softcapping": 50.0},
+    ],
+)
+def test_what_works_is_let_through(changes: dict[str, Any]) -> None:
+    check(changes)
+
+
+def test_values_that_vllm_will_override_are_the_ones_that_are_checked() -> None:
+    with pytest.raises(ConfigurationError, match="num_experts 8 and cannot draft"):
+        check({}, vllm_args={"hf_overrides": {"num_experts": 8}})
+
+
+def test_a_tensor_parallel_size_that_cuts_heads_is_refused() -> None:
+    check({}, tensor_parallel_size=4)
+    with pytest.raises(ConfigurationError) as error:
+        check({}, tensor_parallel_size=3)
+    assert error.value.message == (
+        "engine.tensor_parallel_size 3 does not divide the model's 4 attention heads"
+    )
+
+
+REFUSED_ARGUMENTS = {
+    "enable_lora": (
+        True,
+        False,
+        "every push replaces the whole policy and requests name no adapter; "
+        "merge the adapter into the weights before they are pushed",
+    ),
+    "data_parallel_size": (
+        2,
+        1,
+        "vLLM sets no draft length per step under data parallelism, and a weight commit must reach "
+        "every engine core; use engine.count instead",
+    ),
+    "runner": ("pooling", "generate", "a pooling or draft runner samples no tokens"),
+    "convert": ("embed", "none", "a converted model samples no tokens"),
+    "watermark_config": ({"key": 1}, None, "a watermark changes the policy's distribution"),
+    "diffusion_config": (
+        {"steps": 4},
+        None,
+        "a diffusion model has no causal policy to sample from",
+    ),
+}
+REFUSED_WITH_A_DRAFTER = {
+    "pipeline_parallel_size": "the drafter runs on the last rank and shares layers and KV cache "
+    "that lie on the others; use engine.tensor_parallel_size, or drafter.enabled: false",
+    "decode_context_parallel_size": "the drafter writes its provisional KV by slots of one rank; "
+    "use engine.tensor_parallel_size, or drafter.enabled: false",
+    "prefill_context_parallel_size": "the drafter writes its provisional KV by slots of one rank; "
+    "use engine.tensor_parallel_size, or drafter.enabled: false",
+}
+
+
+def configuration(arguments: dict[str, Any], *, drafter: bool = True) -> dict[str, Any]:
+    return {
+        "model": {"path": "anything"},
+        "engine": {"vllm_args": arguments},
+        "drafter": {"enabled": drafter},
+        "speculation": {"mode": "kv_gate" if drafter else "off"},
+    }
+
+
+@pytest.mark.parametrize("name", REFUSED_ARGUMENTS)
+def test_arguments_of_vllm_that_cannot_work_are_refused(name: str) -> None:
+    value, harmless, reason = REFUSED_ARGUMENTS[name]
+    for drafter in (True, False):
+        with pytest.raises(ConfigurationError) as error:
+            validate_run_config(configuration({name: value}, drafter=drafter))
+        expected = f"engine.vllm_args.{name} {value!r} cannot work: {reason}"
+        assert error.value.message == f"configuration: {expected}"
+    validate_run_config(configuration({name: harmless}))
+
+
+@pytest.mark.parametrize("name", REFUSED_WITH_A_DRAFTER)
+def test_kinds_of_parallelism_the_drafter_cannot_follow_need_it_off(name: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        validate_run_config(configuration({name: 2}))
+    expected = f"engine.vllm_args.{name} 2 cannot work: {REFUSED_WITH_A_DRAFTER[name]}"
+    assert error.value.message == f"configuration: {expected}"
+    validate_run_config(configuration({name: 2}, drafter=False))
+
+
+@pytest.mark.parametrize(
+    "name", ["speculative_config", "spec_method", "spec_model", "spec_tokens", "scheduler_cls"]
+)
+def test_no_argument_of_vllm_reaches_speculation_past_our_settings(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"engine.vllm_args may not set {name}"):
+        validate_run_config(configuration({name: "synthetic"}))
+
+
+@pytest.fixture
+def mixture(tmp_path: Path) -> Path:
+    """A model directory of experts, without weights."""
+    model = {**LLAMA, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps({**model, "num_local_experts": 4}))
+    return tmp_path
+
+
+def test_the_server_refuses_before_it_starts_anything(mixture: Path) -> None:
+    refused = validate_run_config({"model": {"path": str(mixture)}})
+    with pytest.raises(ConfigurationError, match="num_local_experts 4 and cannot draft"):
+        read_model_info(refused)
+    settings = configuration({}, drafter=False)
+    served = validate_run_config({**settings, "model": {"path": str(mixture)}})
+    assert read_model_info(served).vocab_size == 32
+
+
+def test_doctor_and_config_show_refuse_the_same(mixture: Path) -> None:
+    result = check_model(validate_run_config({"model": {"path": str(mixture)}}))
+    assert result.status == "failed"
+    assert result.detail.startswith("the model has num_local_experts 4 and cannot draft")
+    shown = CliRunner().invoke(app, ["config", "show", "--set", f"model.path={mixture}"])
+    assert shown.exit_code != 0
+    assert isinstance(shown.exception, ConfigurationError)
+    off = ["--set", "drafter.enabled=false", "--set", "speculation.mode=off"]
+    shown = CliRunner().invoke(app, ["config", "show", "--set", f"model.path={mixture}", *off])
+    assert shown.exit_code == 0
+
+
+def test_a_broken_config_json_is_named(tmp_path: Path) -> None:
+    assert read_model_config(str(tmp_path)) is None
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigurationError, match=r"config.json is not valid JSON"):
+        read_model_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConfigurationError, match=r"config.json holds no JSON object"):
+        read_model_config(str(tmp_path))
