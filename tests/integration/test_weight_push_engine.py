@@ -12,9 +12,8 @@ import pytest_asyncio
 
 from rollout_server.engine.actor import EngineActor
 from shared.errors import WeightVerificationError
-from shared.types import PauseMode
 from shared.weights import build_manifest
-from tests.support.engine import generate, greedy, running_engine, speculate
+from tests.support.engine import generate, greedy, push, running_engine, speculate
 from tests.support.models import greedy_reference, make_model, random_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
@@ -33,14 +32,6 @@ async def pushable(
     path = make_model(tmp_path_factory.mktemp("pushable"), seed=3, tie=request.param)
     async with running_engine(path) as actor:
         yield actor, path
-
-
-async def push(engine: EngineActor, model: Path, version: int, directory: Path) -> None:
-    segment = directory / f"slipstream-test-v{version}.safetensors"
-    shutil.copy(model / "model.safetensors", segment)
-    await engine.stage(version, str(segment), build_manifest(segment))
-    await engine.commit(version, PauseMode.KEEP)
-    segment.unlink()
 
 
 async def test_output_after_a_push_is_the_new_model_and_the_drafter_is_new_too(

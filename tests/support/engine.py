@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig
 from shared.schemas.rollouts import SamplingOptions
 from shared.schemas.speculation import SpeculationPatch
-from shared.types import SpeculationMode
+from shared.types import PauseMode, SpeculationMode
+from shared.weights import build_manifest
 
 MAX_DRAFT_LENGTH = 5
 CONCURRENCY = 64
@@ -86,6 +89,45 @@ async def generate(
         )
     )
     return [result.samples for result in results]
+
+
+@dataclass(kw_only=True, slots=True)
+class DraftCounts:
+    """Drafts while a block ran."""
+
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Accepted share of the drafts."""
+        assert self.num_drafted, "nothing was drafted"
+        return self.num_accepted / self.num_drafted
+
+
+@asynccontextmanager
+async def acceptance(actor: EngineActor) -> AsyncIterator[DraftCounts]:
+    """Counts what is drafted and accepted inside the block; filled in at its end."""
+    counts = DraftCounts()
+    before = await actor.speculation(0)
+    yield counts
+    after = await actor.speculation(0)
+    counts.num_drafted = after.num_draft_tokens - before.num_draft_tokens
+    counts.num_accepted = after.num_accepted_tokens - before.num_accepted_tokens
+
+
+async def push(actor: EngineActor, model: Path, version: int, directory: Path) -> None:
+    """Stage and commit the weights of a model directory."""
+    segment = directory / f"slipstream-test-v{version}.safetensors"
+    shutil.copy(model / "model.safetensors", segment)
+    await actor.stage(version, str(segment), build_manifest(segment))
+    await actor.commit(version, PauseMode.KEEP)
+    segment.unlink()
+
+
+async def drafter_memory(actor: EngineActor) -> list[dict[str, int]]:
+    """Per rank: bytes and number of the drafter's own layers."""
+    return await actor._llm.collective_rpc("slipstream_memory")
 
 
 def greedy(num_tokens: int) -> SamplingOptions:
