@@ -30,7 +30,7 @@ from rollout_server.engine.actor import EngineActor
 from rollout_server.engine.arguments import EngineSpec
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig
-from shared.types import SpeculationMode
+from shared.types import DrafterScheme, SpeculationMode
 
 UNCONFIGURED = None
 """Side name of the engine that was started without a drafter."""
@@ -42,10 +42,10 @@ Side = int | None  # draft length, or UNCONFIGURED
 Raw = dict[int, list[dict[Side, Measurement]]]  # batch -> repeats -> side
 
 
-def engine_spec(model: Path, *, with_drafter: bool) -> EngineSpec:
-    """One of the two engines; they differ in nothing but the drafter."""
+def engine_spec(model: Path, *, scheme: DrafterScheme | None) -> EngineSpec:
+    """One of the engines; they differ in nothing but the drafter. None: without one."""
     return EngineSpec(
-        engine_id="with-drafter" if with_drafter else "without-drafter",
+        engine_id=scheme or "without-drafter",
         index=0,
         model=ModelConfig(path=str(model), dtype="bfloat16", max_model_len=512),
         engine=EngineConfig(
@@ -54,7 +54,7 @@ def engine_spec(model: Path, *, with_drafter: bool) -> EngineSpec:
             block_size=32,
             cpu_cores=[f"0-{(os.cpu_count() or 1) - 1}"],
         ),
-        drafter=DrafterConfig(enabled=with_drafter),
+        drafter=DrafterConfig(enabled=scheme is not None, scheme=scheme or DrafterScheme.AUTO),
         speculation=SpeculationConfig(
             mode=SpeculationMode.OFF, num_speculative_tokens=MAX_DRAFT_LENGTH
         ),

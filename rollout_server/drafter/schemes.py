@@ -115,11 +115,17 @@ def quantize_int4_groups(
     )
 
 
+def unpack_int4_codes(weight: Int4Weight) -> torch.Tensor:
+    """The codes, uint8 [N, K]."""
+    bytes_NB = weight.packed_NP.contiguous().view(torch.uint8)
+    codes_NB2 = torch.stack((bytes_NB & INT4_MAX_CODE, bytes_NB >> 4), dim=2)
+    return codes_NB2.view(weight.packed_NP.shape[0], -1)
+
+
 def dequantize_int4(weight: Int4Weight) -> torch.Tensor:
     """The float32 [N, K] weight that ``weight`` stands for."""
-    num_rows = weight.packed_NP.shape[0]
-    bytes_NB = weight.packed_NP.contiguous().view(torch.uint8)
-    codes_NK = torch.stack((bytes_NB & INT4_MAX_CODE, bytes_NB >> 4), dim=2).view(num_rows, -1)
+    codes_NK = unpack_int4_codes(weight)
+    num_rows = codes_NK.shape[0]
     groups_NGS = codes_NK.to(torch.float32).view(num_rows, -1, weight.group_size)
     if weight.zeros_NG is None:
         groups_NGS -= INT4_SYMMETRIC_ZERO_CODE

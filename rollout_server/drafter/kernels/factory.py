@@ -10,12 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from vllm.platforms import current_platform
 
+from rollout_server.drafter.kernels import int4_vnni
 from rollout_server.drafter.kernels.base import DraftKernel, LayerShape, UnsupportedLayerError
 from rollout_server.drafter.kernels.fp8 import CutlassFp8Matmul, PlainFp8Matmul, has_fast_fp8
 from rollout_server.drafter.kernels.int4 import Int4Matmul
+from rollout_server.drafter.kernels.int4_vnni import VnniInt4Matmul
 from rollout_server.drafter.kernels.int8 import CudaInt8Matmul, OnednnInt8Matmul
 from rollout_server.drafter.plan import DrafterPlan
 from rollout_server.drafter.schemes import (
@@ -39,7 +40,7 @@ def make_draft_kernel(plan: DrafterPlan, shape: LayerShape, device_type: str) ->
         raise ValueError(f"drafter.scheme {plan.scheme} has no kernel for device {device_type!r}")
     makers: dict[DrafterScheme, Callable[[], DraftKernel[Any]]] = {
         DrafterScheme.INT8: partial(_int8, shape, device_type),
-        DrafterScheme.INT4: partial(_int4, plan, shape),
+        DrafterScheme.INT4: partial(_int4, plan, shape, device_type),
         DrafterScheme.FP8: partial(_fp8, shape, device_type),
     }
     if plan.scheme not in makers:
@@ -62,12 +63,12 @@ def _int8(shape: LayerShape, device_type: str) -> DraftKernel[Any]:
     return DraftKernel(quantize=quantize_int8_per_channel, matmul=matmul)
 
 
-def _int4(plan: DrafterPlan, shape: LayerShape) -> DraftKernel[Any]:
+def _int4(plan: DrafterPlan, shape: LayerShape, device_type: str) -> DraftKernel[Any]:
     wanted = plan.int4_group_size
     reasons: list[str] = []
     for group_size in (size for size in INT4_GROUP_SIZES if size <= wanted):
         try:
-            matmul = Int4Matmul(shape, group_size=group_size, symmetric=plan.int4_symmetric)
+            matmul = _int4_matmul(plan, shape, device_type, group_size)
         except UnsupportedLayerError as exc:
             reasons.append(f"groups of {group_size}: {exc}")
             continue
@@ -77,6 +78,14 @@ def _int4(plan: DrafterPlan, shape: LayerShape) -> DraftKernel[Any]:
         note = f"int4 groups of {group_size} ({'; '.join(reasons)})" if reasons else None
         return DraftKernel(quantize=quantize, matmul=matmul, note=note)
     raise UnsupportedLayerError("; ".join(reasons))
+
+
+def _int4_matmul(
+    plan: DrafterPlan, shape: LayerShape, device_type: str, group_size: int
+) -> Int4Matmul | VnniInt4Matmul:
+    if device_type == "cpu" and int4_vnni.is_available():
+        return VnniInt4Matmul(shape, group_size=group_size)
+    return Int4Matmul(shape, group_size=group_size, symmetric=plan.int4_symmetric)
 
 
 def _fp8(shape: LayerShape, device_type: str) -> DraftKernel[Any]:
@@ -91,14 +100,9 @@ def slow_scheme_warning(scheme: DrafterScheme, device_type: str) -> str | None:
             "drafter.scheme fp8 has no fast kernel on this device (CUDA needs sm89 or newer): "
             "drafting will be slower than plain decoding. Use int8 or auto"
         )
-    if device_type == "cpu" and scheme is DrafterScheme.INT4 and not has_amx():
+    if device_type == "cpu" and scheme is DrafterScheme.INT4 and not int4_vnni.is_available():
         return (
-            "drafter.scheme int4 is no faster than bfloat16 on a CPU without AMX: drafting saves "
-            "no time. Use int8 or auto"
+            "drafter.scheme int4 is no faster than bfloat16 on a CPU without AVX-512 VNNI or AMX: "
+            "drafting saves no time. Use int8 or auto"
         )
     return None
-
-
-def has_amx() -> bool:
-    """Whether this CPU has AMX tiles."""
-    return bool(torch.cpu._is_amx_tile_supported())
