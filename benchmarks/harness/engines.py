@@ -47,8 +47,12 @@ class Measurement:
     """One timed batch."""
 
     tokens_per_s: float
+    step_s: float
+    """Wall-clock seconds per engine step."""
     mean_acceptance_length: float
     """Of this batch; 0 when nothing was drafted."""
+    acceptance_per_position: tuple[float, ...] = ()
+    """Share of drafts whose first, second, ... token was accepted."""
 
 
 async def measure_batch(
@@ -83,9 +87,19 @@ async def measure_batch(
     after = await engine.speculation(2**62)
     num_drafts = after.num_drafts - before.num_drafts
     accepted = after.num_accepted_tokens - before.num_accepted_tokens
+    per_position = [
+        later - earlier
+        for later, earlier in zip(
+            after.num_accepted_tokens_per_pos, before.num_accepted_tokens_per_pos, strict=True
+        )
+    ]
     return Measurement(
         tokens_per_s=batch * num_tokens / elapsed_s,
+        step_s=elapsed_s / (after.num_steps - before.num_steps),
         mean_acceptance_length=1 + accepted / num_drafts if num_drafts else 0.0,
+        acceptance_per_position=tuple(
+            count / num_drafts for count in per_position if num_drafts and count
+        ),
     )
 
 

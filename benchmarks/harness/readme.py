@@ -17,31 +17,58 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def speculation_table(document: dict[str, Any]) -> str:
-    """Rows are batch sizes; columns the engine with its drafter off and each draft length."""
-    points = {(point["batch"], point["k"]): point for point in document["result"]["points"]}
-    batches = sorted({batch for batch, _ in points})
-    lengths = sorted({k for _, k in points if k is not None})
-    circumstances = document["circumstances"]
-    header = ["batch", "no drafter, tokens/s", *("off" if k == 0 else f"K = {k}" for k in lengths)]
-    lines = [_row(header), _row(["---:"] * len(header))]
+    """Rows are batch sizes and schemes; columns the drafter off and each draft length."""
+    result = document["result"]
+    points = {(p["batch"], p["scheme"], p["k"]): p for p in result["points"]}
+    batches = sorted({batch for batch, _, _ in points})
+    schemes = sorted({scheme for _, scheme, _ in points if scheme})
+    lengths = sorted({k for _, scheme, k in points if scheme})
+    header = ["batch", "no drafter, tokens/s", "scheme"]
+    header += ["off" if k == 0 else f"K = {k}" for k in lengths]
+    lines = [_row(header), _row(["---:", "---:", ":---", *["---:"] * len(lengths)])]
     for batch in batches:
-        cells = [str(batch), f"{points[batch, None]['tokens_per_s']:.1f}"]
-        for k in lengths:
-            point = points[batch, k]
-            spread = f"{point['ratio_min']:.2f} to {point['ratio_max']:.2f}"
-            cells.append(f"{point['ratio']:.2f}x ({spread})")
-        lines.append(_row(cells))
-    acceptance = ", ".join(
-        f"{points[batches[0], k]['mean_acceptance_length']:.2f} of {k + 1}" for k in lengths if k
+        for scheme in schemes:
+            plain = f"{points[batch, None, 0]['tokens_per_s']:.1f}"
+            cells = [_ratio(points[batch, scheme, k]) for k in lengths]
+            lines.append(_row([str(batch), plain, scheme, *cells]))
+    off = ", ".join(
+        f"{ratio:.3f} ({_spread(result['off_ratio_quartiles'][batch])}) at {batch}"
+        for batch, ratio in result["off_ratio"].items()
     )
+    costs = "; ".join(_costs(scheme, points[batches[0], scheme, lengths[-1]]) for scheme in schemes)
+    repeats = len(document["raw"]["speculation"][str(batches[0])])
+    off_repeats = len(next(iter(document["raw"]["off"].values())))
     lines += [
         "",
         f"Ratios to the engine without a drafter, alternating in one run: median (spread) of "
-        f"{len(document['raw'][str(batches[0])])} repeats. Mean acceptance length {acceptance}. "
-        f"{circumstances['num_cores']} cores of {circumstances['cpu']}, vLLM "
-        f"{circumstances['vllm']}, commit {circumstances['commit']}.",
+        f"{repeats} repeats. At batch {batches[0]}: {costs} (times of a draft pass and of a "
+        f"verification against a plain step). Switched off, measured apart with {off_repeats} "
+        f"alternations of two sides ({result['off_scheme']}), median and quartiles: {off}. "
+        + _circumstances(document["circumstances"]),
     ]
     return "\n".join(lines)
+
+
+def _costs(scheme: str, point: dict[str, Any]) -> str:
+    return (
+        f"{scheme} accepts {point['mean_acceptance_length']:.2f} of {point['k'] + 1} at "
+        f"K = {point['k']}, c = {point['c']:.2f}, v = {point['v']:.2f}"
+    )
+
+
+def _ratio(point: dict[str, Any]) -> str:
+    return f"{point['ratio']:.2f}x ({_spread([point['ratio_min'], point['ratio_max']], 2)})"
+
+
+def _spread(bounds: list[float], digits: int = 3) -> str:
+    return f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f}"
+
+
+def _circumstances(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['num_cores']} cores of {facts['cpu']}, vLLM {facts['vllm']}, "
+        f"commit {facts['commit']}."
+    )
 
 
 TABLES = {"speculation": speculation_table}

@@ -9,15 +9,22 @@ from benchmarks.harness.readme import README, with_figures
 
 
 def document(ratio: float) -> dict[str, object]:
-    common = {"tokens_per_s": 10.0, "ratio_min": 1.0, "ratio_max": 2.0}
+    common = {"batch": 1, "tokens_per_s": 10.0, "ratio_min": 1.0, "ratio_max": 2.0}
+    costs = {"c": 0.5, "v": 1.1, "mean_acceptance_length": 2.9}
     points = [
-        {"batch": 1, "k": None, "ratio": 1.0, "mean_acceptance_length": 0.0, **common},
-        {"batch": 1, "k": 0, "ratio": 0.99, "mean_acceptance_length": 0.0, **common},
-        {"batch": 1, "k": 2, "ratio": ratio, "mean_acceptance_length": 2.9, **common},
+        {"scheme": None, "k": 0, "ratio": 1.0, **common},
+        {"scheme": "int8", "k": 0, "ratio": 0.99, **common},
+        {"scheme": "int8", "k": 2, "ratio": ratio, **costs, **common},
     ]
     circumstances = {"num_cores": 2, "cpu": "CPU", "vllm": "0", "commit": "abc"}
-    result = {"bench": "speculation", "points": points}
-    return {"result": result, "circumstances": circumstances, "raw": {"1": [{}, {}]}}
+    result = {
+        "points": points,
+        "off_ratio": {"1": 0.991},
+        "off_ratio_quartiles": {"1": [0.98, 1.0]},
+        "off_scheme": "int8",
+    }
+    raw = {"speculation": {"1": [{}, {}]}, "off": {"1": [{}] * 9}}
+    return {"result": result, "circumstances": circumstances, "raw": raw}
 
 
 def test_readme_holds_what_the_result_files_say() -> None:
@@ -30,7 +37,8 @@ def test_a_changed_result_changes_the_table(tmp_path: Path) -> None:
     text = "a\n<!-- bench:speculation -->\nold\n<!-- /bench:speculation -->\nb"
     (tmp_path / "speculation.json").write_text(json.dumps(document(1.25)))
     changed = with_figures(text, tmp_path)
-    assert "| 1 | 10.0 | 0.99x (1.00 to 2.00) | 1.25x (1.00 to 2.00) |" in changed
+    assert "| 1 | 10.0 | int8 | 0.99x (1.00 to 2.00) | 1.25x (1.00 to 2.00) |" in changed
+    assert "0.991 (0.980 to 1.000) at 1" in changed
     assert "old" not in changed
     assert changed.startswith("a\n")
     assert changed.endswith("\nb")
