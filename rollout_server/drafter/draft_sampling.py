@@ -73,9 +73,13 @@ class DraftSampler:
         if self._probabilities_KBV is None:
             tokens_B = likeliest_tokens(logits_BV)
         else:
-            torch.softmax(logits_BV, dim=-1, out=self._probabilities_KBV[draft_index])
+            probabilities_BV = torch.softmax(
+                logits_BV, dim=-1, out=self._probabilities_KBV[draft_index]
+            )
             greedy_B = None if self._is_greedy_B is None else likeliest_tokens(logits_BV)
-            tokens_B = draw_tokens(logits_BV, self._sampling.generators)
+            # Drawing overwrites its weights on CUDA: verification needs them whole.
+            weights_BV = probabilities_BV.clone() if probabilities_BV.is_cuda else probabilities_BV
+            tokens_B = draw_tokens(weights_BV, self._sampling.generators)
             if greedy_B is not None:
                 assert self._is_greedy_B is not None
                 tokens_B = torch.where(self._is_greedy_B, greedy_B, tokens_B)

@@ -146,7 +146,7 @@ def verify(
         weights_BV = source.residual(
             logprobs_TV[last_row_B].exp_(), drafts_BN, num_accepted_B1, was_rejected_B
         )
-        last_B1 = draw_tokens(weights_BV.log_(), sampling.generators).unsqueeze(1)
+        last_B1 = draw_tokens(weights_BV, sampling.generators).unsqueeze(1)
         if is_greedy_B is not None:
             assert likeliest_BN1 is not None
             greedy_B1 = likeliest_BN1.gather(1, num_accepted_B1)
@@ -259,10 +259,20 @@ def _gather_logprobs(
 ) -> LogprobsTensors:
     """Logprobs per position [B * (N + 1), ...]; positions without a token hold anything."""
     token_of_row_T = token_ids_BN1.flatten()[layout.position_of_row_T].clamp_min(0)
-    by_row = Sampler.gather_logprobs(logprobs_TV, num_logprobs, token_of_row_T)
+    if num_logprobs == 0:
+        by_row = _sampled_logprobs(logprobs_TV, token_of_row_T.unsqueeze(1))
+    else:
+        by_row = Sampler.gather_logprobs(logprobs_TV, num_logprobs, token_of_row_T)
     row_of_position = layout.row_of_position_BN1.flatten()
     return LogprobsTensors(
         by_row.logprob_token_ids[row_of_position],
         by_row.logprobs[row_of_position],
         by_row.selected_token_ranks[row_of_position],
     )
+
+
+def _sampled_logprobs(logprobs_TV: torch.Tensor, token_T1: torch.Tensor) -> LogprobsTensors:
+    """``Sampler.gather_logprobs`` for no alternatives, without its search for the likeliest."""
+    logprobs_T1 = logprobs_TV.gather(1, token_T1)
+    ranks_T = (logprobs_TV >= logprobs_T1).sum(dim=-1)
+    return LogprobsTensors(token_T1.to(torch.int32), logprobs_T1, ranks_T)
