@@ -1,4 +1,4 @@
-"""Accepts or replaces drafts so that what comes out has exactly the target's distribution.
+"""Accepts or replaces vLLM drafts so that the output has exactly the target's distribution.
 
 The rule (speculative sampling, arXiv 2211.17192): a draft d drawn from q is kept with probability
 ``min(1, p(d) / q(d))``; the first one that is not is replaced by a token drawn from
