@@ -57,6 +57,20 @@ def share_target_modules(drafter: Module, target: Module) -> None:
                 module._buffers[tensor_name] = buffer
 
 
+def num_unshared_bytes(drafter: Module, target: Module) -> int:
+    """Bytes of the drafter's parameters and buffers that are not the target's own tensors.
+
+    Placeholders on the meta device hold nothing; packed weights are counted by their layers.
+    """
+    addresses = {tensor.data_ptr() for tensor in (*target.parameters(), *target.buffers())}
+    own = {
+        id(tensor): tensor.numel() * tensor.element_size()
+        for tensor in (*drafter.parameters(), *drafter.buffers())
+        if not tensor.is_meta and tensor.data_ptr() not in addresses
+    }
+    return sum(own.values())
+
+
 def point_at_target_kv_cache(attention_layers: dict[str, Any], draft_names: Iterable[str]) -> None:
     """Before KV allocation: draft layers name the target layer whose cache they use."""
     for name in draft_names:

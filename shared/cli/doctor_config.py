@@ -10,10 +10,12 @@ from shared.cli.doctor_checks import CheckResult, CheckStatus
 from shared.config.model_support import check_configured_model
 from shared.config.run import RunConfig
 from shared.errors import ConfigurationError
-from shared.types import TransportKind
+from shared.types import DrafterScheme, TransportKind
 
 CPU_BLOCK_MULTIPLE = 32
 """KV block sizes vLLM 0.32.0's CPU attention accepts are multiples of this."""
+
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def configuration_checks(config: RunConfig) -> list[CheckResult]:
@@ -25,6 +27,7 @@ def configuration_checks(config: RunConfig) -> list[CheckResult]:
         check_kv_budget(config),
         check_cores(config, len(os.sched_getaffinity(0))),
         check_transport(config),
+        check_drafter(config, has_vnni=has_vnni(CPU_INFO)),
     ]
 
 
@@ -108,3 +111,26 @@ def check_transport(config: RunConfig) -> CheckResult:
         detail = f"weights.shared_memory_dir {directory} cannot be written"
         return CheckResult(name=name, status=CheckStatus.FAILED, detail=detail)
     return CheckResult(name=name, status=CheckStatus.OK, detail=config.weights.transport.value)
+
+
+def check_drafter(config: RunConfig, *, has_vnni: bool) -> CheckResult:
+    """Some schemes have no kernel on a CPU that drafts faster than the model decodes."""
+    name, scheme = "drafter.scheme", config.drafter.scheme
+    if config.engine.device == "cpu" and config.drafter.enabled:
+        if scheme is DrafterScheme.FP8:
+            detail = "fp8 has no fast kernel on CPUs: drafting costs time. Use int8 or auto"
+            return CheckResult(name=name, status=CheckStatus.WARNING, detail=detail)
+        if scheme is DrafterScheme.INT4 and not has_vnni:
+            detail = "int4 is no faster than bfloat16 without AVX-512 VNNI or AMX. Use int8 or auto"
+            return CheckResult(name=name, status=CheckStatus.WARNING, detail=detail)
+    detail = scheme.value if config.drafter.enabled else "no drafter (drafter.enabled false)"
+    return CheckResult(name=name, status=CheckStatus.OK, detail=detail)
+
+
+def has_vnni(cpu_info: Path) -> bool:
+    """Whether Linux lists AVX-512 VNNI or AMX among the CPU's features."""
+    try:
+        features = set(cpu_info.read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return bool(features & {"avx512_vnni", "amx_tile"})

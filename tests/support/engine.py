@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rollout_server.engine.actor import EngineActor
+from rollout_server.engine.actor import EngineActor, EngineFacts
 from rollout_server.engine.arguments import EngineSpec, engine_environment
 from rollout_server.engine.protocol import GeneratedSample, GenerateRequest
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
@@ -30,6 +30,19 @@ async def running_engine(
     model: Path, *, engine: dict[str, Any] | None = None, drafter: dict[str, Any] | None = None
 ) -> AsyncIterator[EngineActor]:
     """Start an engine with drafts of up to ``MAX_DRAFT_LENGTH`` tokens, speculation off."""
+    async with started_engine(model, engine=engine, drafter=drafter) as (actor, _):
+        yield actor
+
+
+@asynccontextmanager
+async def started_engine(
+    model: Path,
+    *,
+    engine: dict[str, Any] | None = None,
+    drafter: dict[str, Any] | None = None,
+    dtype: str = "float32",
+) -> AsyncIterator[tuple[EngineActor, EngineFacts]]:
+    """The same, with what the engine said of itself when it had started."""
     settings = {
         "num_kv_blocks": 400,
         "block_size": 32,
@@ -39,7 +52,9 @@ async def running_engine(
     spec = EngineSpec(
         engine_id="test-engine",
         index=0,
-        model=ModelConfig(path=str(model), dtype="float32", max_model_len=512),
+        model=ModelConfig.model_validate(
+            {"path": str(model), "dtype": dtype, "max_model_len": 512}
+        ),
         engine=EngineConfig.model_validate({**settings, **(engine or {})}),
         drafter=DrafterConfig.model_validate(drafter or {}),
         speculation=SpeculationConfig(
@@ -51,10 +66,10 @@ async def running_engine(
     os.environ.update(engine_environment(spec))
     actor = EngineActor(spec)
     try:
-        await actor.start()
+        facts = await actor.start()
         os.environ.clear()
         os.environ.update(saved)
-        yield actor
+        yield actor, facts
     finally:
         os.environ.clear()
         os.environ.update(saved)

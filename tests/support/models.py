@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models
@@ -29,22 +30,27 @@ def make_model(
     weight_std: float = 0.25,
     tie: bool = True,
     dtype: torch.dtype = torch.float32,
+    **sizes: Any,
 ) -> Path:
     """A random Qwen3 of about 100k parameters with a character tokenizer.
 
     Args:
         weight_std: large enough that int8 rounding changes some of the drafter's choices, so that
             drafts are rejected now and then.
+        sizes: fields of the configuration that differ from the usual.
     """
     torch.manual_seed(seed)
+    usual = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    }
     config = Qwen3Config(
+        **{**usual, **sizes},
         vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
         max_position_embeddings=CONTEXT_LENGTH,
         tie_word_embeddings=tie,
         initializer_range=weight_std,

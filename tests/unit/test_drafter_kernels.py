@@ -31,7 +31,7 @@ SCHEMES = {
     "int4-asymmetric": {"scheme": "int4", "int4_symmetric": False},
     "fp8": {"scheme": "fp8"},
 }
-TOLERANCE = {"int8": 0.02, "int4": 0.01, "fp8": 0.04}
+TOLERANCE = {"int8": 0.02, "int4": 0.02, "fp8": 0.04}
 
 
 def make_kernel(
@@ -148,7 +148,11 @@ def test_int4_takes_the_largest_group_that_divides_the_layer(
 
 @pytest.mark.parametrize(
     ("num_inputs", "num_outputs", "reason"),
-    [(72, 96, "72 input channels"), (256, 40, "Output size"), (256, 44, "Output size")],
+    [
+        (72, 96, "72 input channels"),
+        (256, 40, "output channels|Output size"),
+        (256, 44, "output channels|Output size"),
+    ],
 )
 def test_a_layer_no_int4_kernel_takes_is_refused_with_the_reason(
     num_inputs: int, num_outputs: int, reason: str

@@ -109,7 +109,13 @@ class VnniInt4Matmul:
         self._max_rows = None if torch.cpu._is_amx_tile_supported() else MAX_ROWS_WITHOUT_AMX
 
     def pack(self, weight: Int4Weight) -> None:
-        self._weight = pack_for_vnni(weight)
+        packed = pack_for_vnni(weight)
+        if self._weight is None:
+            self._weight = packed
+            return
+        self._weight.blocks.copy_(packed.blocks)
+        self._weight.zeros.copy_(packed.zeros)
+        self._weight.scales.copy_(packed.scales)
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         weight = self._weight

@@ -113,6 +113,33 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
     ),
     Symbol("vllm.model_executor.layers.linear", "LinearMethodBase"),
     Symbol(
+        "vllm.model_executor.kernels.linear",
+        "MPLinearLayerConfig",
+        (
+            "full_weight_shape",
+            "partition_weight_shape",
+            "weight_type",
+            "act_type",
+            "group_size",
+            "zero_points",
+        ),
+    ),
+    Symbol("vllm.model_executor.kernels.linear", "choose_mp_linear_kernel", ("config",)),
+    Symbol("vllm.model_executor.parameter", "BasevLLMParameter"),
+    Symbol(
+        "vllm.model_executor.layers.quantization.utils.quant_utils",
+        "pack_quantized_values_into_int32",
+        ("w_q", "wtype", "packed_dim"),
+    ),
+    Symbol("vllm.model_executor.layers.quantization.utils.w8a8_utils", "cutlass_fp8_supported"),
+    Symbol("vllm._custom_ops", "scaled_fp8_quant", ("input", "use_per_token_if_dynamic")),
+    Symbol("vllm._custom_ops", "scaled_int8_quant", ("input", "scale", "azp", "symmetric")),
+    Symbol(
+        "vllm._custom_ops",
+        "cutlass_scaled_mm",
+        ("a", "b", "scale_a", "scale_b", "out_dtype", "bias"),
+    ),
+    Symbol(
         "vllm.model_executor.model_loader.reload.layerwise",
         "initialize_layerwise_reload",
         ("model",),
@@ -126,8 +153,9 @@ CPU_SYMBOLS: tuple[Symbol, ...] = (
         ("output", "input_val", "cu_num_tokens", "replace_from", "replace_to"),
     ),
     Symbol("vllm._custom_ops", "create_onednn_scaled_mm"),
-    Symbol("vllm._custom_ops", "onednn_scaled_int8_quant"),
-    Symbol("vllm._custom_ops", "onednn_scaled_mm"),
+    Symbol("torch", "ops._C.dynamic_scaled_int8_quant.default"),
+    Symbol("torch", "ops._C.onednn_scaled_mm.default"),
+    Symbol("vllm.model_executor.kernels.linear", "CPUWNA16LinearKernel"),
 )
 
 

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 
 from rollout_server.drafter.proposer import SelfDraftProposer
 from rollout_server.drafter.requantization import requantize
-from rollout_server.drafter.sharing import draft_linear_methods
+from rollout_server.drafter.sharing import draft_linear_methods, num_unshared_bytes
 
 
 class SlipstreamWorkerExtension:
@@ -73,13 +73,14 @@ class SlipstreamWorkerExtension:
         return {"load_s": loaded - started, "requantize_s": finished - loaded}
 
     def slipstream_memory(self) -> dict[str, int]:
-        """Bytes the drafter holds of its own."""
+        """Bytes the drafter holds of its own: packed weights, and whatever is not shared."""
         proposer = SelfDraftProposer.active
-        methods = {} if proposer is None else draft_linear_methods(proposer.model)
-        return {
-            "drafter_bytes": sum(method.num_bytes() for method in methods.values()),
-            "num_drafter_layers": len(methods),
-        }
+        if proposer is None:
+            return {"drafter_bytes": 0, "num_drafter_layers": 0}
+        methods = draft_linear_methods(proposer.model)
+        packed = sum(method.num_bytes() for method in methods.values())
+        unshared = num_unshared_bytes(proposer.model, self.model_runner.get_model())
+        return {"drafter_bytes": packed + unshared, "num_drafter_layers": len(methods)}
 
 
 def repack_tied_lm_head(model: Any) -> None:
