@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from shared.cli import doctor_checks as checks
 from shared.cli.doctor_checks import CheckStatus
-from shared.cli.doctor_config import configuration_checks, is_loopback
+from shared.cli.doctor_config import check_drafter, configuration_checks, has_vnni, is_loopback
 from shared.cli.main import app
 from shared.config.loading import load_run_config
 
@@ -99,11 +99,29 @@ def warnings(*overrides: str) -> set[str]:
         (["engine.device=cpu", "engine.num_kv_blocks=9", "engine.block_size=16"], "KV cache"),
         (["engine.device=cpu", "engine.count=2"], "engine.cpu_cores"),
         (["weights.shared_memory_dir=/absent"], "weights.transport"),
+        (["engine.device=cpu", "drafter.scheme=fp8"], "drafter.scheme"),
     ],
 )
 def test_an_unwise_setting_is_pointed_out(overrides: list[str], name: str) -> None:
     assert name not in warnings()
     assert name in warnings(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("features", "status"),
+    [("avx2 avx512_vnni", "ok"), ("amx_tile avx2", "ok"), ("avx2 avx_vnni", "warning")],
+)
+def test_int4_on_a_cpu_wants_vnni_or_amx(features: str, status: str, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {features} fpu\n")
+    config = load_run_config(
+        None, ["model.path=absent/model", "engine.device=cpu", "drafter.scheme=int4"], {}
+    )
+    found = check_drafter(config, has_vnni=has_vnni(tmp_path / "cpuinfo"))
+    assert found.status == status
+
+
+def test_a_machine_without_a_list_of_cpu_features_has_none(tmp_path: Path) -> None:
+    assert not has_vnni(tmp_path / "absent")
 
 
 def test_engines_with_cores_of_their_own_are_fine() -> None:

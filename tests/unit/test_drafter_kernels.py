@@ -1,16 +1,21 @@
 """Every scheme's matrix multiplication on this device against its own weight, multiplied plainly.
 
-Tolerances are relative to the largest output: activations are rounded to int8 (1/254 of a token's
-largest), to e4m3 (1/16 of each value at worst, averaged out over the sum) or to bfloat16 (1/256).
+Tolerances are relative to the largest output: activations are rounded to 8 bits (1/254 of a token's
+largest; int8, and int4 where the CPU has VNNI), to e4m3 (1/16 of each value at worst, averaged out
+over the sum) or to bfloat16 (1/256).
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from rollout_server.drafter.kernels.base import DraftKernel, LayerShape, UnsupportedLayerError
 from rollout_server.drafter.kernels.factory import make_draft_kernel, slow_scheme_warning
+from rollout_server.drafter.kernels.int4 import Int4Matmul
 from rollout_server.drafter.plan import DrafterPlan
 from rollout_server.drafter.schemes import (
     Fp8Weight,
@@ -19,6 +24,7 @@ from rollout_server.drafter.schemes import (
     dequantize_fp8,
     dequantize_int4,
     dequantize_int8,
+    quantize_int4_groups,
 )
 from shared.config.engine import DrafterConfig
 from shared.types import DrafterScheme
@@ -29,8 +35,11 @@ SCHEMES = {
     "int4": {"scheme": "int4"},
     "int4-g32": {"scheme": "int4", "int4_group_size": 32},
     "int4-asymmetric": {"scheme": "int4", "int4_symmetric": False},
+    "int4-wna16": {"scheme": "int4"},
+    "int4-wna16-asymmetric": {"scheme": "int4", "int4_symmetric": False},
     "fp8": {"scheme": "fp8"},
 }
+"""``int4`` is whatever the factory picks for this CPU, ``wna16`` is vLLM's kernel for any CPU."""
 TOLERANCE = {"int8": 0.02, "int4": 0.02, "fp8": 0.04}
 
 
@@ -39,10 +48,16 @@ def make_kernel(
     dtype: torch.dtype,
     num_inputs: int = NUM_INPUTS,
     num_outputs: int = NUM_OUTPUTS,
-) -> DraftKernel[object]:
+) -> DraftKernel[Any]:
     plan = DrafterPlan.from_config(DrafterConfig.model_validate(SCHEMES[name]), "cpu")
     shape = LayerShape(num_outputs=num_outputs, num_inputs=num_inputs, dtype=dtype)
-    return make_draft_kernel(plan, shape, "cpu")
+    if "wna16" not in name:
+        return make_draft_kernel(plan, shape, "cpu")
+    symmetric = plan.int4_symmetric
+    return DraftKernel(
+        quantize=partial(quantize_int4_groups, group_size=128, symmetric=symmetric),
+        matmul=Int4Matmul(shape, group_size=128, symmetric=symmetric),
+    )
 
 
 def dequantize(weight: object) -> torch.Tensor:
@@ -120,8 +135,8 @@ def test_a_second_pack_is_used_in_the_buffers_of_the_first(name: str) -> None:
     ("name", "bytes_per_weight"),
     [
         ("int8", 1 + 4 / 256),
-        ("int4", 0.5 + 2 / 128),
-        ("int4-g32", 0.5 + 2 / 32),
+        ("int4-wna16", 0.5 + 2 / 128),
+        ("int4-wna16-asymmetric", 0.5 + 2.5 / 128),
         ("fp8", 1 + 4 / 256),
     ],
 )
@@ -154,11 +169,12 @@ def test_int4_takes_the_largest_group_that_divides_the_layer(
         (256, 44, "output channels|Output size"),
     ],
 )
+@pytest.mark.parametrize("name", ["int4", "int4-wna16"])
 def test_a_layer_no_int4_kernel_takes_is_refused_with_the_reason(
-    num_inputs: int, num_outputs: int, reason: str
+    name: str, num_inputs: int, num_outputs: int, reason: str
 ) -> None:
     with pytest.raises(UnsupportedLayerError, match=reason):
-        make_kernel("int4", torch.bfloat16, num_inputs=num_inputs, num_outputs=num_outputs)
+        make_kernel(name, torch.bfloat16, num_inputs=num_inputs, num_outputs=num_outputs)
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])

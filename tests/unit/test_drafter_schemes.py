@@ -59,6 +59,18 @@ def test_auto_is_int8_on_cpu() -> None:
     assert plan().scheme is DrafterScheme.INT8
 
 
+@pytest.mark.parametrize(
+    ("compute_capability", "scheme"),
+    [(75, DrafterScheme.INT8), (80, DrafterScheme.INT4), (90, DrafterScheme.INT4),
+     (None, DrafterScheme.INT4)],
+)  # fmt: skip
+def test_auto_on_cuda_is_int4_where_the_device_has_bfloat16(
+    compute_capability: int | None, scheme: DrafterScheme
+) -> None:
+    assert resolve_scheme(DrafterScheme.AUTO, "cuda", compute_capability) is scheme
+    assert resolve_scheme(DrafterScheme.FP8, "cuda", compute_capability) is DrafterScheme.FP8
+
+
 def test_excluded_layers_and_the_shared_head_stay_the_targets() -> None:
     chosen = plan(exclude=[r"layers\.0\.", "down_proj"], quantize_lm_head=False)
     assert chosen.quantizes("draft_model.model.layers.1.mlp.gate_up_proj")

@@ -45,7 +45,7 @@ class _PackedParameter(BasevLLMParameter):
 class Int4Matmul:
     """int4 weights in groups of input channels; activations stay in half precision.
 
-    On a CPU without AMX this is no faster than bfloat16 (measured): it is there for its memory.
+    On a CPU this is no faster than bfloat16 (measured) and serves only where ``int4_vnni`` cannot.
     """
 
     def __init__(self, shape: LayerShape, *, group_size: int, symmetric: bool) -> None:
