@@ -22,9 +22,9 @@ def resolve_scheme(
 
     Drafting one token for a few sequences is a matter of bytes read per weight.
 
-    - CPU: int8. oneDNN's W8A8 takes half the time of bfloat16; int4 unpacks its codes in vector
-      code and is no faster than bfloat16 without AMX (measured, 2048 x 8192 at batch 1: 0.60,
-      1.30 and 1.22 ms).
+    - CPU: int8. oneDNN's W8A8 takes half the time of bfloat16 at every batch size (measured, 2048 x
+      8192 at batch 1: 0.60 and 1.22 ms). int4 through WNA16 takes 1.30 ms; through the VNNI kernel
+      it reads fewer bytes than int8, but only for up to four rows at a time (``int4_vnni.py``).
     - CUDA from sm80: int4. Marlin and Machete run at the speed of memory, and a quarter of the
       bytes beats a half of them for as long as the batch is small, which is when we draft.
     - CUDA sm75: int8. There is no bfloat16 in hardware, which the int4 kernels compute in.
