@@ -44,8 +44,14 @@ async def two_ranks(
     """An engine of two ranks; its processes must be gone when it is shut down."""
     architecture = request.param
     model = architecture(tmp_path_factory.mktemp("two-ranks"), seed=0)
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
     async with running_engine(model, engine=TWO_RANKS) as engine:
+        children = psutil.Process().children(recursive=True)
+        started = [child for child in children if child.pid not in before]
+        assert len(started) >= 3, "an engine core and two workers"
         yield engine, architecture, model
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert alive == []
 
 
 async def test_two_ranks_say_what_hugging_face_says_and_after_a_push_again(
@@ -88,15 +94,3 @@ def whole_int8_drafter_bytes(architecture: Architecture) -> tuple[int, int]:
     layers = [(query + 2 * key, hidden), (hidden, query), (2 * middle, hidden), (hidden, middle)]
     layers = layers * config.num_hidden_layers + [(PADDED_VOCAB_SIZE, hidden)]
     return sum(n * k for n, k in layers), 4 * sum(n for n, _ in layers)
-
-
-async def test_shutdown_ends_both_ranks(tmp_path: Path) -> None:
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    async with running_engine(QWEN2(tmp_path, seed=0), engine=TWO_RANKS) as engine:
-        started = [
-            child for child in psutil.Process().children(recursive=True) if child.pid not in before
-        ]
-        assert len(started) >= 3, "an engine core and two workers"
-        await generate(engine, PROMPTS[:1], greedy(4))
-    _, alive = psutil.wait_procs(started, timeout=30)
-    assert alive == []

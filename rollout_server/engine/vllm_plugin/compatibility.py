@@ -156,6 +156,11 @@ CPU_SYMBOLS: tuple[Symbol, ...] = (
     Symbol("torch", "ops._C.dynamic_scaled_int8_quant.default"),
     Symbol("torch", "ops._C.onednn_scaled_mm.default"),
     Symbol("vllm.model_executor.kernels.linear", "CPUWNA16LinearKernel"),
+    Symbol(
+        "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
+        "CPUUnquantizedExperts.process_weights_after_loading",
+        ("layer",),
+    ),
 )
 
 

@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from rollout_server.drafter.proposer import SelfDraftProposer
 from rollout_server.drafter.requantization import requantize
 from rollout_server.drafter.sharing import draft_linear_methods, num_unshared_bytes
+from rollout_server.engine.vllm_plugin.expert_repair import repack_experts
 
 
 class SlipstreamWorkerExtension:
@@ -64,6 +65,7 @@ class SlipstreamWorkerExtension:
             model.load_weights(iterate_safetensors(path))
             finalize_layerwise_processing(model, self.vllm_config.model_config)
             repack_tied_lm_head(model)
+            repack_experts(model)
             loaded = time.perf_counter()
             proposer = SelfDraftProposer.active
             if proposer is not None:
