@@ -32,6 +32,15 @@ RECURRENT_KEYS = (
     "lru_width",
 )
 RECURRENT_MODEL_TYPES = frozenset({"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"})
+OTHER_TEXT_MODELS = frozenset(
+    {
+        "ChatGLMModel",
+        "ChatGLMForConditionalGeneration",
+        "GPT2LMHeadModel",
+        "InklingForConditionalGeneration",
+    }
+)
+"""vLLM 0.32.0's text-generation models whose names do not say ``ForCausalLM``."""
 MULTIMODAL_KEYS = ("vision_config", "audio_config", "speech_config", "thinker_config")
 
 
@@ -41,15 +50,14 @@ def find_encoder_decoder(model: Model) -> str | None:
 
 def find_no_generation(model: Model) -> str | None:
     names = [str(name) for name in model.get("architectures") or ()]
-    if not names or any("ForCausalLM" in name or "ForConditional" in name for name in names):
+    if not names or any("ForCausalLM" in name or name in OTHER_TEXT_MODELS for name in names):
         return None
-    # GPT-2 and Mistral-like names of old: GPT2LMHeadModel.
-    return None if any("LMHead" in name for name in names) else f"architectures {', '.join(names)}"
+    return f"architectures {', '.join(names)}"
 
 
 def find_multimodal(model: Model) -> str | None:
     for name in model.get("architectures") or ():
-        if "ForConditionalGeneration" in name:
+        if "ForConditionalGeneration" in name and name not in OTHER_TEXT_MODELS:
             return f"architectures {name}"
     return next((key for key in MULTIMODAL_KEYS if model.get(key)), None)
 

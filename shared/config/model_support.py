@@ -39,15 +39,15 @@ REFUSALS: tuple[Refusal, ...] = (
         drafting_only=False,
     ),
     Refusal(
-        finds=properties.find_no_generation,
-        reason="a pooling, embedding or classification model samples no tokens; "
-        "give a ...ForCausalLM checkpoint",
-        drafting_only=False,
-    ),
-    Refusal(
         finds=properties.find_multimodal,
         reason="prompts and weight pushes are those of a text model; "
         "give the text-only checkpoint (...ForCausalLM)",
+        drafting_only=False,
+    ),
+    Refusal(
+        finds=properties.find_no_generation,
+        reason="a pooling, embedding or classification model samples no tokens; "
+        "give a ...ForCausalLM checkpoint",
         drafting_only=False,
     ),
     Refusal(

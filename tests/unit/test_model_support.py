@@ -38,7 +38,7 @@ UNSERVABLE = {
         "give a ...ForCausalLM checkpoint",
     ),
     "vision_config": (
-        {"vision_config": {"hidden_size": 8}},
+        {"architectures": ["InternVLChatModel"], "vision_config": {"hidden_size": 8}},
         "prompts and weight pushes are those of a text model; "
         "give the text-only checkpoint (...ForCausalLM)",
     ),
@@ -134,6 +134,7 @@ def test_a_model_that_cannot_draft_is_refused_unless_the_drafter_is_off(found: s
     [
         {},
         {"architectures": ["GPT2LMHeadModel"]},
+        {"architectures": ["ChatGLMForConditionalGeneration"]},
         {"num_experts": 0, "n_routed_experts": None, "quantization_config": None},
         {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "is_causal": True},
