@@ -45,7 +45,7 @@ NUM_TOKENS = 48
 PROMPTS = [*random_prompts(12, seed=4), *random_prompts(2, seed=5, longest=200)]
 SAMPLING = SamplingOptions(temperature=1.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 INT8_ACCEPTANCE_FLOOR = 0.75
-"""A drafter with a layer missing, or of other weights, is far below: at most 0.3 was seen."""
+"""Llama had 0.97 and Mistral 0.94; a drafter of other weights guesses among 32 tokens."""
 
 
 @dataclass(kw_only=True, slots=True)
