@@ -8,7 +8,9 @@ What it changes in vLLM 0.32.0, all of it here:
 - steps without drafts run as without speculation (``plain_steps.py``);
 - steps with drafts verify them our way (``speculative_steps.py``);
 - min-p and logit bias work under speculation (``sampling_parameters.py``);
-- one CPU kernel is repaired (``kernel_repair.py``).
+- one CPU kernel is repaired (``kernel_repair.py``);
+- on CUDA, the target has full graphs for every draft length and the drafter for whole loops
+  (``full_graphs.py``).
 
 The scheduler and the worker extension are given to vLLM by name in its own arguments.
 """
@@ -34,13 +36,14 @@ def register() -> None:
 
     from rollout_server.engine.vllm_plugin.compatibility import (
         CPU_SYMBOLS,
+        CUDA_SYMBOLS,
         REQUIRED_SYMBOLS,
         check_compatibility,
     )
 
     is_cpu = current_platform.is_cpu()
     if not is_cpu:
-        check_compatibility(vllm.__version__)
+        check_compatibility(vllm.__version__, REQUIRED_SYMBOLS + CUDA_SYMBOLS)
     else:
         check_compatibility(vllm.__version__, REQUIRED_SYMBOLS + CPU_SYMBOLS)
         from rollout_server.engine.vllm_plugin.kernel_repair import apply_kernel_repair
@@ -60,6 +63,10 @@ def register() -> None:
     if hasattr(EngineCore, CORE_METHODS[0].__name__):
         return  # patched already: plugins may be loaded more than once in a process
     gpu_model_runner.DraftModelProposer = SelfDraftProposer
+    if not is_cpu:
+        from rollout_server.engine.vllm_plugin.full_graphs import apply_cuda_patches
+
+        apply_cuda_patches()
     for method in CORE_METHODS:
         setattr(EngineCore, method.__name__, method)
     EngineCore.post_step = speculative.drafts_came_with_output(EngineCore.post_step)

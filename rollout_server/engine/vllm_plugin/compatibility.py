@@ -162,6 +162,45 @@ CPU_SYMBOLS: tuple[Symbol, ...] = (
         ("layer",),
     ),
 )
+CUDA_SYMBOLS: tuple[Symbol, ...] = (
+    Symbol("vllm._custom_ops", "scaled_int8_quant"),
+    Symbol("vllm._custom_ops", "cutlass_scaled_mm"),
+    Symbol("vllm.config", "VllmConfig._maybe_override_dynamic_sd_cudagraph_mode"),
+    Symbol(
+        "vllm.config",
+        "CompilationConfig.adjust_cudagraph_sizes_for_spec_decode",
+        ("uniform_decode_query_len",),
+    ),
+    Symbol("vllm.v1.worker.gpu_model_runner", "CudagraphDispatcher"),
+    Symbol(
+        "vllm.v1.cudagraph_dispatcher",
+        "CudagraphDispatcher.dispatch",
+        ("num_tokens", "uniform_decode", "has_lora", "num_active_loras", "invalid_modes"),
+    ),
+    Symbol(
+        "vllm.v1.cudagraph_dispatcher",
+        "CudagraphDispatcher.initialize_cudagraph_keys",
+        ("cudagraph_mode", "uniform_decode_query_len"),
+    ),
+    Symbol(
+        "vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher._compute_bs_to_padded_graph_size"
+    ),
+    Symbol(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._determine_batch_execution_and_padding",
+        ("num_tokens", "num_reqs", "max_num_scheduled_tokens"),
+    ),
+    Symbol(
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._warmup_and_capture",
+        ("desc", "cudagraph_runtime_mode"),
+    ),
+    Symbol("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.capture_model"),
+    Symbol("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._freeze_gc"),
+    Symbol("vllm.compilation.cudagraph_pool", "capture_pool", ("pool", "vllm_config")),
+    Symbol("vllm.distributed.parallel_state", "graph_capture", ("device",)),
+    Symbol("vllm.v1.worker.utils", "AttentionGroup.build_metadata", ("common_attn_metadata",)),
+)
 
 
 def check_compatibility(version: str, symbols: tuple[Symbol, ...] = REQUIRED_SYMBOLS) -> None:

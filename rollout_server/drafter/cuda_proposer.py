@@ -1,0 +1,207 @@
+"""vLLM proposer for CUDA: replays whole draft loops as graphs, and packs from the target.
+
+Takes the place of ``SelfDraftProposer`` on CUDA. A batch that no captured loop fits, or that has
+requests with seeds of their own, is drafted by the parent's loop.
+
+FlashAttention 3 in a full graph: the metadata is built inside the capture, so that its scheduling
+kernel is replayed with the sequence lengths of the moment; ``max_seq_len`` is baked in and therefore
+the model's limit, and the number of splits is vLLM's upper bound for graphs.
+
+Leans on (vLLM 0.32.0): ``AttentionGroup.build_metadata``, ``CommonAttentionMetadata``,
+``graph_capture``, ``capture_pool``, ``GPUModelRunner._freeze_gc``, ``InputBatch.block_table``,
+``NULL_BLOCK_ID`` 0 (what padding rows point at), ``LoadConfig.load_format``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import Module
+from vllm.compilation.cudagraph_pool import capture_pool
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.distributed.parallel_state import graph_capture
+from vllm.forward_context import set_forward_context
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.metadata import SamplingMetadata
+
+from rollout_server.drafter.cuda_graphs import (
+    DraftLoopGraphs,
+    LoopShape,
+    cuda_graph_recorder,
+    graph_batch_sizes,
+)
+from rollout_server.drafter.loop_buffers import LoopBuffers, StepTables, sample_drafts
+from rollout_server.drafter.proposer import SelfDraftProposer
+from rollout_server.drafter.target_packing import pack_from_target
+
+DUMMY_LOAD_FORMAT = "dummy"
+
+
+class GraphedSelfDraftProposer(SelfDraftProposer):
+    """``SelfDraftProposer`` whose loops are CUDA graphs."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner)
+        SelfDraftProposer.active = self
+        self._runner = runner
+        self._vocab_size = self.draft_model_config.get_vocab_size()
+        self._max_draft_length = self.num_speculative_tokens
+        self._probabilities: torch.Tensor | None = None
+        self.loop_buffers: LoopBuffers | None = None
+        self.loop_graphs: DraftLoopGraphs | None = None
+        """None until captured, and in engines without graphs."""
+
+    def load_model(self, target_model: Module) -> None:
+        super().load_model(target_model)
+        if self.vllm_config.load_config.load_format == DUMMY_LOAD_FORMAT:
+            # Dummy weights are random per tensor: a drafter of its own would be another policy.
+            pack_from_target(self.model, target_model)
+        if self._uses_graphs():
+            # Before vLLM measures what is left for the KV cache.
+            num_values = self._graph_batch_sizes()[-1] * self._max_draft_length * self._vocab_size
+            self._probabilities = torch.empty(num_values, dtype=torch.float32, device=self.device)
+
+    def _uses_graphs(self) -> bool:
+        return (
+            self.compilation_config.cudagraph_mode != CUDAGraphMode.NONE
+            and not self.speculative_config.enforce_eager
+            and self.vllm_config.parallel_config.data_parallel_size == 1
+            and len(self._graph_batch_sizes()) > 0
+        )
+
+    def _graph_batch_sizes(self) -> tuple[int, ...]:
+        bytes_per_row = self._max_draft_length * self._vocab_size * 4
+        return graph_batch_sizes(self.max_batch_size, bytes_per_row=bytes_per_row)
+
+    @torch.inference_mode()
+    def capture_draft_loops(self) -> int:
+        """Capture every loop; called in the worker's capture phase.
+
+        Returns:
+            Number of graphs, 0 in an engine without graphs.
+        """
+        if self._probabilities is None:
+            return 0
+        batch_sizes = self._graph_batch_sizes()
+        table = self._runner.input_batch.block_table[self.kv_cache_gid].get_device_tensor(1)
+        self.loop_buffers = LoopBuffers(
+            max_batch_size=batch_sizes[-1],
+            max_draft_length=self._max_draft_length,
+            num_block_columns=table.shape[1],
+            block_size=self.block_size,
+            max_model_len=self.max_model_len,
+            probabilities=self._probabilities,
+        )
+        pool = current_platform.get_global_graph_pool()
+        with (
+            self._runner._freeze_gc(),
+            graph_capture(device=self.device),
+            capture_pool(pool, self.vllm_config) as shared_pool,
+        ):
+            graphs = DraftLoopGraphs(cuda_graph_recorder(shared_pool))
+            graphs.capture(batch_sizes, range(1, self._max_draft_length + 1), self.run_loop)
+        torch.cuda.synchronize()
+        self.loop_graphs = graphs
+        return len(graphs)
+
+    @torch.inference_mode()
+    def run_loop(self, shape: LoopShape) -> None:
+        """All steps of a loop over ``loop_buffers``, launched one by one."""
+        buffers = self.loop_buffers
+        assert buffers is not None, "the loop runs over buffers that capturing makes"
+        size = shape.batch_size
+        tables = buffers.step_tables(shape)
+        draft_token_ids_BK = buffers.draft_token_ids(shape)
+        probabilities_BKV = buffers.probabilities(shape, self._vocab_size)
+        token_ids_B = buffers.first_token_ids_B[:size]
+        for step in range(shape.draft_length):
+            slots_B = tables.slots_KB[step]
+            self.input_ids[:size].copy_(token_ids_B)
+            with set_forward_context(
+                self._step_metadata(shape, tables, step),
+                self.vllm_config,
+                num_tokens=size,
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                slot_mapping=dict.fromkeys(self._draft_attn_layer_names, slots_B),
+            ):
+                hidden_states = self.model(
+                    input_ids=self.input_ids[:size],
+                    positions=tables.positions_KB[step],
+                    inputs_embeds=None,
+                )
+            logits_BV = self.model.compute_logits(hidden_states)
+            token_ids_B, probabilities_BV = sample_drafts(logits_BV, buffers.temperature(shape))
+            draft_token_ids_BK[:, step].copy_(token_ids_B)
+            probabilities_BKV[:, step].copy_(probabilities_BV)
+
+    def _step_metadata(self, shape: LoopShape, tables: StepTables, step: int) -> dict[str, Any]:
+        size = shape.batch_size
+        assert self.loop_buffers is not None
+        common = CommonAttentionMetadata(
+            query_start_loc=self.arange[: size + 1],
+            query_start_loc_cpu=torch.from_numpy(self.token_arange_np[: size + 1]),
+            seq_lens=tables.seq_lens_KB[step],
+            num_reqs=size,
+            num_actual_tokens=size,
+            max_query_len=1,
+            max_seq_len=self.max_model_len,
+            block_table_tensor=self.loop_buffers.block_table(shape),
+            slot_mapping=tables.slots_KB[step],
+            seq_lens_cpu_upper_bound=torch.full((size,), self.max_model_len, dtype=torch.int32),
+        )
+        per_layer: dict[str, Any] = {}
+        for group in self.draft_attn_groups:
+            per_layer.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
+        return per_layer
+
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> torch.Tensor:
+        """As the parent's, by replaying a captured loop where one fits."""
+        num_requests = common_attn_metadata.num_reqs
+        shape = None
+        if self.loop_graphs is not None and not sampling_metadata.generators:
+            shape = self.loop_graphs.shape_for(num_requests, num_speculative_tokens)
+        if shape is None:
+            return super().propose(
+                num_speculative_tokens=num_speculative_tokens,
+                target_token_ids=target_token_ids,
+                target_positions=target_positions,
+                target_hidden_states=target_hidden_states,
+                next_token_ids=next_token_ids,
+                token_indices_to_sample=token_indices_to_sample,
+                common_attn_metadata=common_attn_metadata,
+                sampling_metadata=sampling_metadata,
+                mm_embed_inputs=mm_embed_inputs,
+                num_rejected_tokens_gpu=num_rejected_tokens_gpu,
+                slot_mappings=slot_mappings,
+            )
+        assert self.loop_graphs is not None
+        assert self.loop_buffers is not None
+        self.loop_buffers.load(
+            next_token_ids_B=next_token_ids,
+            seq_lens_B=common_attn_metadata.seq_lens,
+            num_rejected_B=num_rejected_tokens_gpu,
+            block_table_BC=common_attn_metadata.block_table_tensor,
+            temperature_B=sampling_metadata.temperature,
+        )
+        self.loop_graphs.replay(shape)
+        self._last_draft_probs = None
+        if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
+            probabilities_BKV = self.loop_buffers.probabilities(shape, self._vocab_size)
+            self._last_draft_probs = probabilities_BKV[:num_requests]
+        # Cloned: vLLM copies them to the host on a stream of its own, maybe after the next replay.
+        return self.loop_buffers.draft_token_ids(shape)[:num_requests].clone()
