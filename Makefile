@@ -12,7 +12,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: help setup run serve test test-fast proof lint types fmt bench clean
+.PHONY: help setup run serve test test-fast proof lint types fmt bench gpu-check clean
 
 help: ## This list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -51,6 +51,10 @@ bench: setup ## Every benchmark, one after the other
 
 bench-%: setup ## One benchmark: make bench-NAME
 	@$(BIN)/slipstream bench $*
+
+gpu-check: EXTRA := cuda
+gpu-check: setup ## On a CUDA machine: every gpu test and the GPU benchmarks, one JSON (ARGS=...)
+	$(BIN)/python -m benchmarks.gpu_check --require-cuda $(ARGS)
 
 clean: ## Remove caches (not .venv, runs/ or models)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Models that are only a shape: a ``config.json``, weights made up by vLLM (``load_format`` dummy)."""
+"""Models that are only a shape: ``config.json``, and weights vLLM makes up (format ``dummy``)."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ Takes the place of ``SelfDraftProposer`` on CUDA. A batch that no captured loop 
 requests with seeds of their own, is drafted by the parent's loop.
 
 FlashAttention 3 in a full graph: the metadata is built inside the capture, so that its scheduling
-kernel is replayed with the sequence lengths of the moment; ``max_seq_len`` is baked in and therefore
-the model's limit, and the number of splits is vLLM's upper bound for graphs.
+kernel is replayed with the sequence lengths of the moment; ``max_seq_len`` is baked in, hence the
+model's limit, and the number of splits is vLLM's upper bound for graphs.
 
 Leans on (vLLM 0.32.0): ``AttentionGroup.build_metadata``, ``CommonAttentionMetadata``,
 ``graph_capture``, ``capture_pool``, ``GPUModelRunner._freeze_gc``, ``InputBatch.block_table``,

@@ -119,9 +119,7 @@ class LoopBuffers:
         positions_KB = self._seq_lens_B[:size].to(torch.int64) + self._steps_K[:length, None]
         usable_KB = (self._rows_B[:size] < self._num_active) & (positions_KB < self.max_model_len)
         positions_KB = torch.where(usable_KB, positions_KB, 0)
-        columns_KB = (positions_KB // self.block_size).clamp_(
-            max=self._block_table_BC.shape[1] - 1
-        )
+        columns_KB = (positions_KB // self.block_size).clamp_(max=self._block_table_BC.shape[1] - 1)
         blocks_KB = self._block_table_BC[self._rows_B[:size], columns_KB].to(torch.int64)
         slots_KB = blocks_KB * self.block_size + positions_KB % self.block_size
         return StepTables(

@@ -1,8 +1,8 @@
 """Packs the drafter from the target's own parameters, without a checkpoint (CUDA).
 
 vLLM keeps a bfloat16 linear layer's weight readable on CUDA, with the shards fused and split over
-tensor-parallel ranks exactly as the drafter's: quantizing reads device memory once instead of moving
-the checkpoint over PCIe a second time. On CPU the target's weights are packed away by oneDNN, so
+tensor-parallel ranks exactly as the drafter's: quantizing reads device memory once instead of
+moving the checkpoint over PCIe a second time. On CPU oneDNN packs the target's weights away, so
 there the drafter is fed by the checkpoint (``requantization.py``).
 """
 

@@ -100,7 +100,8 @@ def _kv_cache_arguments(spec: EngineSpec) -> dict[str, Any]:
         mib = DEFAULT_CPU_KV_CACHE_MIB
     if mib is not None:
         arguments["kv_cache_memory_bytes"] = mib * MIB
-    else:
+    if mib is None or spec.device == "cuda":
+        # On CUDA vLLM refuses to start with less free memory than this, whatever the KV budget.
         arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
     if engine.num_kv_blocks is not None:
         arguments["num_gpu_blocks_override"] = engine.num_kv_blocks

@@ -182,9 +182,7 @@ CUDA_SYMBOLS: tuple[Symbol, ...] = (
         "CudagraphDispatcher.initialize_cudagraph_keys",
         ("cudagraph_mode", "uniform_decode_query_len"),
     ),
-    Symbol(
-        "vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher._compute_bs_to_padded_graph_size"
-    ),
+    Symbol("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher._compute_bs_to_padded_graph_size"),
     Symbol(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._determine_batch_execution_and_padding",

@@ -36,9 +36,8 @@ def request_counts(
     Example: sizes 1, 2, 4, 8 with a query length of 5 and at most 20 tokens -> 1, 2, 4.
     """
     limit = max_num_seqs if query_len == 1 else min(max_num_seqs, MAX_DRAFTING_REQUESTS)
-    return tuple(
-        sorted(size for size in capture_sizes if size <= limit and size * query_len <= max_num_tokens)
-    )
+    limit = min(limit, max_num_tokens // query_len)
+    return tuple(sorted(size for size in capture_sizes if size <= limit))
 
 
 class MultiLengthCudagraphDispatcher(CudagraphDispatcher):
@@ -97,10 +96,7 @@ class MultiLengthCudagraphDispatcher(CudagraphDispatcher):
             num_requests = num_tokens // self.query_len
             for count in self._request_counts[self.query_len]:
                 descriptor = _descriptor(count, self.query_len)
-                if (
-                    count >= num_requests
-                    and descriptor in self.cudagraph_keys[CUDAGraphMode.FULL]
-                ):
+                if count >= num_requests and descriptor in self.cudagraph_keys[CUDAGraphMode.FULL]:
                     return CUDAGraphMode.FULL, descriptor
         return super().dispatch(
             num_tokens=num_tokens,
