@@ -111,7 +111,7 @@ async def run_shape(
                 await measure_round(plan, engines, batch, repeat)
                 for repeat in range(plan.repeats + 1)
             ]
-            points = summarize(batch, plan.num_tokens, rounds[1:])  # the first warms up
+            points = summarize(batch, rounds[1:])  # the first warms up
             result["points"] += points
             for point in points:
                 say(f"{plan.shape}: {describe(point)}")
@@ -148,7 +148,7 @@ async def measure_round(
     return measured
 
 
-def summarize(batch: int, num_tokens: int, rounds: list[Round]) -> list[dict[str, Any]]:
+def summarize(batch: int, rounds: list[Round]) -> list[dict[str, Any]]:
     """One point per side: medians, and ratios to the side without a drafter of the same round.
 
     ``c`` is one draft pass over one plain step; ``v`` is the rest of a cycle (verification,
