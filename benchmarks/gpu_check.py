@@ -97,7 +97,9 @@ def run_all(options: argparse.Namespace) -> dict[str, Any]:
     deadline = time.monotonic() + options.budget_s
     document: dict[str, Any] = {"bench": "gpu_check", "circumstances": gpu_facts(), "parts": {}}
     output = output_path(options)
-    parts = [*options.shapes, *([] if options.no_tests else [TESTS_PART])]
+    parts = list(options.shapes)
+    if not options.no_tests:
+        parts.insert(1, TESTS_PART)  # what bars are judged on comes first, tests next
     with tempfile.TemporaryDirectory(prefix="slipstream-gpu-check-") as directory:
         for part in parts:
             left_s = deadline - time.monotonic()

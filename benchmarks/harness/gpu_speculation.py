@@ -70,7 +70,12 @@ def engine_spec(plan: GpuPlan, directory: Path, *, with_drafter: bool) -> Engine
             max_num_seqs=max(plan.batches),
             enforce_eager=False,
             enable_prefix_caching=False,
-            vllm_args={"load_format": "dummy", "skip_tokenizer_init": True},
+            vllm_args={
+                "load_format": "dummy",
+                "skip_tokenizer_init": True,
+                # Warming up takes longer than compiling what these runs need in their first round.
+                "kernel_config": {"enable_jit_warmup": False},
+            },
         ),
         drafter=DrafterConfig(enabled=with_drafter, scheme=plan.scheme),
         speculation=SpeculationConfig(

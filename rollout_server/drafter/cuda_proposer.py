@@ -1,7 +1,8 @@
 """vLLM proposer for CUDA: replays whole draft loops as graphs, and packs from the target.
 
-Takes the place of ``SelfDraftProposer`` on CUDA. A batch that no captured loop fits, or that has
-requests with seeds of their own, is drafted by the parent's loop.
+Takes the place of ``SelfDraftProposer`` on CUDA. A batch that no captured loop fits, that has
+requests with seeds of their own, or whose sampling is shaped by more than a temperature, is drafted
+by the parent's loop.
 
 FlashAttention 3 in a full graph: the metadata is built inside the capture, so that its scheduling
 kernel is replayed with the sequence lengths of the moment; ``max_seq_len`` is baked in, hence the
@@ -37,6 +38,18 @@ from rollout_server.drafter.proposer import SelfDraftProposer
 from rollout_server.drafter.target_packing import pack_from_target
 
 DUMMY_LOAD_FORMAT = "dummy"
+
+
+def needs_temperature_alone(metadata: SamplingMetadata) -> bool:
+    """Whether a batch draws its drafts by temperature and the default generator, as graphs do."""
+    return (
+        not metadata.generators
+        and metadata.no_penalties
+        and metadata.top_k is None
+        and metadata.top_p is None
+        and metadata.allowed_token_ids_mask is None
+        and not metadata.bad_words_token_ids
+    )
 
 
 class GraphedSelfDraftProposer(SelfDraftProposer):
@@ -173,7 +186,7 @@ class GraphedSelfDraftProposer(SelfDraftProposer):
         """As the parent's, by replaying a captured loop where one fits."""
         num_requests = common_attn_metadata.num_reqs
         shape = None
-        if self.loop_graphs is not None and not sampling_metadata.generators:
+        if self.loop_graphs is not None and needs_temperature_alone(sampling_metadata):
             shape = self.loop_graphs.shape_for(num_requests, num_speculative_tokens)
         if shape is None:
             return super().propose(

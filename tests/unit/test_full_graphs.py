@@ -9,6 +9,13 @@ import pytest
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor
 
+from rollout_server.drafter.cuda_proposer import GraphedSelfDraftProposer
+from rollout_server.drafter.proposer import SelfDraftProposer
+from rollout_server.engine.vllm_plugin.compatibility import (
+    CUDA_SYMBOLS,
+    SUPPORTED_VLLM_VERSION,
+    check_compatibility,
+)
 from rollout_server.engine.vllm_plugin.full_graphs import (
     MultiLengthCudagraphDispatcher,
     capture_each_query_length,
@@ -133,6 +140,12 @@ def test_a_uniform_graph_is_captured_at_its_own_query_length() -> None:
     wrapped(runner, BatchDescriptor(num_tokens=6))
     assert seen == [2, 4]
     assert runner.uniform_decode_query_len == 4
+
+
+def test_every_symbol_the_cuda_side_leans_on_is_where_it_is_expected() -> None:
+    # The same Python code in the CPU package: a moved symbol is noticed without a GPU.
+    check_compatibility(SUPPORTED_VLLM_VERSION, CUDA_SYMBOLS)
+    assert issubclass(GraphedSelfDraftProposer, SelfDraftProposer)
 
 
 def test_only_our_engines_keep_full_graphs_with_a_changing_draft_length() -> None:
