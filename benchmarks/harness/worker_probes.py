@@ -17,6 +17,8 @@ from rollout_server.drafter.cuda_graphs import LoopShape
 from rollout_server.drafter.proposer import SelfDraftProposer
 from rollout_server.drafter.sharing import draft_linear_methods
 from rollout_server.drafter.target_packing import pack_from_target
+from rollout_server.drafter.verification import NO_TOKEN, verify
+from rollout_server.engine.vllm_plugin import speculative_steps
 
 SERIALIZATION_VARIABLE = "VLLM_ALLOW_INSECURE_SERIALIZATION"
 _draft_events: list[tuple[torch.cuda.Event, torch.cuda.Event, int]] = []
@@ -29,19 +31,47 @@ async def in_worker(engine: Any, function: Callable[..., Any], *arguments: Any) 
 
 
 def accept_synthetically(worker: Any, acceptance: float | None) -> None:
-    """Accept each draft with this probability instead of by the two models; None: for real.
+    """Keep each draft with this probability instead of by the two models; None: for real.
 
-    The switch behind vLLM's ``rejection_sample_method="synthetic"`` (which serving refuses), turned
-    at run time: one engine measures both, and drafting keeps its probabilistic sampling.
+    Turned at run time, so that one engine measures both. The real verification runs all the same;
+    its verdict is replaced afterwards, which costs a few small kernels more. vLLM's own switch
+    (``rejection_sample_method="synthetic"``, refused in serving) would measure vLLM's sampler.
     """
-    sampler = worker.model_runner.rejection_sampler
-    sampler.synthetic_mode = acceptance is not None
-    sampler.synthetic_conditional_rates = None
-    if acceptance is not None:
-        num_drafts = worker.model_runner.num_spec_tokens
-        sampler.synthetic_conditional_rates = torch.full(
-            (num_drafts,), acceptance, dtype=torch.float32, device=worker.device
-        )
+    del worker
+    if acceptance is None:
+        speculative_steps.verify = verify
+        return
+
+    def verify_synthetically(
+        logits_TV: torch.Tensor, draft_token_ids_D: torch.Tensor, num_drafts: Any, *rest: Any
+    ) -> Any:
+        output = verify(logits_TV, draft_token_ids_D, num_drafts, *rest)
+        if len(set(num_drafts)) == 1:
+            output.sampled_token_ids = synthetic_tokens(
+                draft_token_ids_D.view(len(num_drafts), -1), output.sampled_token_ids, acceptance
+            )
+        return output
+
+    speculative_steps.verify = verify_synthetically
+
+
+def synthetic_tokens(
+    drafts_BN: torch.Tensor, verified_BN1: torch.Tensor, acceptance: float
+) -> torch.Tensor:
+    """A random number of each request's drafts, one more token, and -1 after it: [B, N + 1].
+
+    Args:
+        verified_BN1: what verification really said; its first token, which is always there, serves
+            as the one more.
+    """
+    num_drafts = drafts_BN.shape[1]
+    is_kept_BN = torch.rand(drafts_BN.shape, device=drafts_BN.device) < acceptance
+    num_kept_B1 = is_kept_BN.to(torch.int64).cumprod(dim=1).sum(dim=1, keepdim=True)
+    positions = torch.arange(num_drafts + 1, device=drafts_BN.device)
+    last_B1 = verified_BN1[:, :1]
+    tokens_BN1 = torch.cat((drafts_BN.to(verified_BN1.dtype), last_B1), dim=1)
+    tokens_BN1 = torch.where(positions == num_kept_B1, last_B1, tokens_BN1)
+    return torch.where(positions > num_kept_B1, NO_TOKEN, tokens_BN1)
 
 
 def time_drafting(worker: Any) -> None:
@@ -125,7 +155,7 @@ def packed_addresses(worker: Any, repack: bool) -> list[int]:
     return [
         tensor.data_ptr()
         for method in draft_linear_methods(proposer.model).values()
-        for tensor in method.tensors()
+        for tensor in method._kernel.matmul.tensors()
     ]
 
 

@@ -34,6 +34,7 @@ from rollout_server.drafter.cuda_graphs import (
     graph_batch_sizes,
 )
 from rollout_server.drafter.loop_buffers import LoopBuffers, StepTables, sample_drafts
+from rollout_server.drafter.proposal import Proposal
 from rollout_server.drafter.proposer import SelfDraftProposer
 from rollout_server.drafter.target_packing import pack_from_target
 
@@ -48,7 +49,10 @@ def needs_temperature_alone(metadata: SamplingMetadata) -> bool:
         and metadata.top_k is None
         and metadata.top_p is None
         and metadata.allowed_token_ids_mask is None
-        and not metadata.bad_words_token_ids
+        and not any(
+            getattr(processor, "min_p_count", 0) or getattr(processor, "biases", None)
+            for processor in metadata.logitsprocs.all
+        )
     )
 
 
@@ -58,8 +62,6 @@ class GraphedSelfDraftProposer(SelfDraftProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         SelfDraftProposer.active = self
-        self._runner = runner
-        self._vocab_size = self.draft_model_config.get_vocab_size()
         self._max_draft_length = self.num_speculative_tokens
         self._probabilities: torch.Tensor | None = None
         self.loop_buffers: LoopBuffers | None = None
@@ -127,7 +129,7 @@ class GraphedSelfDraftProposer(SelfDraftProposer):
         size = shape.batch_size
         tables = buffers.step_tables(shape)
         draft_token_ids_BK = buffers.draft_token_ids(shape)
-        probabilities_BKV = buffers.probabilities(shape, self._vocab_size)
+        probabilities_KBV = buffers.probabilities(shape, self._vocab_size)
         token_ids_B = buffers.first_token_ids_B[:size]
         for step in range(shape.draft_length):
             slots_B = tables.slots_KB[step]
@@ -145,9 +147,10 @@ class GraphedSelfDraftProposer(SelfDraftProposer):
                     inputs_embeds=None,
                 )
             logits_BV = self.model.compute_logits(hidden_states)
-            token_ids_B, probabilities_BV = sample_drafts(logits_BV, buffers.temperature(shape))
+            token_ids_B = sample_drafts(
+                logits_BV, buffers.temperature(shape), probabilities_KBV[step]
+            )
             draft_token_ids_BK[:, step].copy_(token_ids_B)
-            probabilities_BKV[:, step].copy_(probabilities_BV)
 
     def _step_metadata(self, shape: LoopShape, tables: StepTables, step: int) -> dict[str, Any]:
         size = shape.batch_size
@@ -212,9 +215,9 @@ class GraphedSelfDraftProposer(SelfDraftProposer):
             temperature_B=sampling_metadata.temperature,
         )
         self.loop_graphs.replay(shape)
-        self._last_draft_probs = None
-        if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
-            probabilities_BKV = self.loop_buffers.probabilities(shape, self._vocab_size)
-            self._last_draft_probs = probabilities_BKV[:num_requests]
+        probabilities_KBV = None
+        if not sampling_metadata.all_greedy:
+            probabilities_KBV = self.loop_buffers.probabilities(shape, self._vocab_size)
+        self._proposal = Proposal(list(self._runner.input_batch.req_ids), probabilities_KBV)
         # Cloned: vLLM copies them to the host on a stream of its own, maybe after the next replay.
         return self.loop_buffers.draft_token_ids(shape)[:num_requests].clone()

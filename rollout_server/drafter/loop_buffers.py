@@ -105,9 +105,9 @@ class LoopBuffers:
         return self._draft_token_ids[:size].view(shape.batch_size, shape.draft_length)
 
     def probabilities(self, shape: LoopShape, vocab_size: int) -> torch.Tensor:
-        """float32 [B, K, V], contiguous: the distribution each draft was drawn from."""
+        """float32 [K, B, V], contiguous: the distribution each draft was drawn from."""
         size = shape.batch_size * shape.draft_length * vocab_size
-        return self._probabilities[:size].view(shape.batch_size, shape.draft_length, vocab_size)
+        return self._probabilities[:size].view(shape.draft_length, shape.batch_size, vocab_size)
 
     def step_tables(self, shape: LoopShape) -> StepTables:
         """All steps' tables at once; captured at the head of the loop.
@@ -130,17 +130,22 @@ class LoopBuffers:
 
 
 def sample_drafts(
-    logits_BV: torch.Tensor, temperature_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token per row without a host synchronisation (exponential race, as vLLM does).
+    logits_BV: torch.Tensor, temperature_B: torch.Tensor, probabilities_BV: torch.Tensor
+) -> torch.Tensor:
+    """Draw one token per row, with the device's default generator and no wait for the device.
+
+    The Gumbel-max trick, as ``noise.py`` draws on CUDA; a greedy row takes the likeliest token.
+
+    Args:
+        probabilities_BV: float32, contiguous; receives the distribution drawn from.
 
     Returns:
-        token ids [B] and the float32 distribution [B, V] they were drawn from. A greedy row takes
-        the most likely token.
+        int64 [B].
     """
     is_greedy_B = temperature_B < SAMPLING_EPSILON
     divisor_B1 = torch.where(is_greedy_B, 1.0, temperature_B)[:, None]
-    probabilities_BV = (logits_BV / divisor_B1).softmax(dim=-1, dtype=torch.float32)
-    noise_BV = torch.empty_like(probabilities_BV).exponential_()
-    sampled_B = (probabilities_BV / noise_BV).argmax(dim=-1)
-    return torch.where(is_greedy_B, probabilities_BV.argmax(dim=-1), sampled_B), probabilities_BV
+    scaled_BV = logits_BV.to(torch.float32) / divisor_B1
+    torch.softmax(scaled_BV, dim=-1, out=probabilities_BV)
+    likeliest_B = scaled_BV.argmax(dim=-1)
+    noise_BV = torch.empty_like(scaled_BV).exponential_()
+    return torch.where(is_greedy_B, likeliest_B, scaled_BV.sub_(noise_BV.log_()).argmax(dim=-1))

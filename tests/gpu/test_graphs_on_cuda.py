@@ -35,11 +35,12 @@ class Loop:
         self.slots_KB.copy_(tables.slots_KB)
         token_ids = self.buffers.first_token_ids_B[: shape.batch_size]
         for step in range(shape.draft_length):
-            token_ids, probabilities = sample_drafts(
-                self.logits_VV[token_ids], self.buffers.temperature(shape)
+            token_ids = sample_drafts(
+                self.logits_VV[token_ids],
+                self.buffers.temperature(shape),
+                self.buffers.probabilities(shape, VOCABULARY)[step],
             )
             self.buffers.draft_token_ids(shape)[:, step].copy_(token_ids)
-            self.buffers.probabilities(shape, VOCABULARY)[:, step].copy_(probabilities)
 
     def load(self, num_rows: int, temperature: float) -> None:
         self.buffers.load(

@@ -143,7 +143,7 @@ def test_outputs_of_a_smaller_shape_are_contiguous() -> None:
     buffers = loaded_buffers([3])
     shape = LoopShape(3, 2)
     assert buffers.draft_token_ids(shape).shape == (3, 2)
-    assert buffers.probabilities(shape, VOCABULARY).shape == (3, 2, VOCABULARY)
+    assert buffers.probabilities(shape, VOCABULARY).shape == (2, 3, VOCABULARY)
     assert buffers.probabilities(shape, VOCABULARY).is_contiguous()
 
 
@@ -151,7 +151,8 @@ def test_greedy_rows_take_the_most_likely_token_beside_sampled_rows() -> None:
     torch.manual_seed(0)
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.9]]).repeat(2000, 1)
     temperature = torch.tensor([0.0, 2.0]).repeat(1000)
-    token_ids, probabilities = sample_drafts(logits, temperature)
+    probabilities = torch.empty(2000, 4)
+    token_ids = sample_drafts(logits, temperature, probabilities)
     assert token_ids[0::2].unique().tolist() == [1]
     counts = torch.bincount(token_ids[1::2], minlength=4) / 1000
     expected = (logits[1] / 2).softmax(dim=-1)

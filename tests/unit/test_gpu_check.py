@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.harness import plugin_entry
 from benchmarks.harness.engines import Measurement
@@ -17,6 +18,7 @@ from benchmarks.harness.gpu_bars import judge_bars
 from benchmarks.harness.gpu_speculation import Round, describe, summarize
 from benchmarks.harness.gpu_tests import read_report
 from benchmarks.harness.parts import run_part, save_json
+from benchmarks.harness.worker_probes import synthetic_tokens
 
 
 def python(code: str) -> list[str]:
@@ -145,3 +147,18 @@ def test_a_plugin_that_is_not_installed_is_found_by_its_entry_point(
     assert (Path(first) / "slipstream_checkout-0.dist-info").is_dir()
     assert Path(root) == plugin_entry.ROOT
     assert inherited == "somewhere"
+
+
+def test_synthetic_acceptance_keeps_a_prefix_of_the_drafts_and_one_more_token() -> None:
+    torch.manual_seed(0)
+    drafts = torch.arange(1, 5).repeat(4000, 1)
+    verified = torch.full((4000, 5), -1, dtype=torch.int32)
+    verified[:, 0] = 99
+    tokens = synthetic_tokens(drafts, verified, 0.93)
+    lengths = (tokens != -1).sum(dim=1)
+    for length in range(1, 6):
+        expected = [*range(1, length), 99, *[-1] * (5 - length)]
+        assert tokens[lengths == length].unique(dim=0).tolist() == [expected]
+    kept = lengths.float().mean() - 1
+    # 0.93 + 0.93^2 + ...; within five standard deviations of the mean.
+    assert abs(kept - sum(0.93**n for n in range(1, 5))) < 5 * 1.1 / 4000**0.5
