@@ -68,6 +68,15 @@ def test_cpu_engines_have_an_explicit_kv_budget_and_cuda_engines_a_share_of_the_
     assert vllm_arguments(spec(device="cuda"))["gpu_memory_utilization"] == 0.85
 
 
+def test_a_cuda_engine_with_a_kv_budget_says_too_how_much_of_the_gpu_must_be_free() -> None:
+    # vLLM's own default, 0.92, would keep a second engine off the same GPU.
+    arguments = vllm_arguments(
+        spec(device="cuda", kv_cache_memory_mib=64, gpu_memory_utilization=0.3)
+    )
+    assert arguments["kv_cache_memory_bytes"] == 64 * 1024**2
+    assert arguments["gpu_memory_utilization"] == 0.3
+
+
 def test_engines_take_core_lists_in_turn() -> None:
     cores = ["0", "1"]
     environments = [engine_environment(spec(index, cpu_cores=cores)) for index in range(3)]
