@@ -159,6 +159,7 @@ def packed_addresses(worker: Any, repack: bool) -> list[int]:
     ]
 
 
+@torch.inference_mode()
 def replay_and_eager_drafts(
     worker: Any, batch_size: int, num_rows: int, draft_length: int
 ) -> tuple[list[list[int]], list[list[int]]]:

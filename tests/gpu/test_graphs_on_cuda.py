@@ -32,7 +32,7 @@ class Loop:
 
     def run(self, shape: LoopShape) -> None:
         tables = self.buffers.step_tables(shape)
-        self.slots_KB.copy_(tables.slots_KB)
+        self.slots_KB[: shape.draft_length, : shape.batch_size].copy_(tables.slots_KB)
         token_ids = self.buffers.first_token_ids_B[: shape.batch_size]
         for step in range(shape.draft_length):
             token_ids = sample_drafts(
