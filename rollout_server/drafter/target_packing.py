@@ -8,10 +8,29 @@ there the drafter is fed by the checkpoint (``requantization.py``).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import Module
 
 from rollout_server.drafter.sharing import draft_linear_methods
+
+READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a weight that vLLM has not quantized may be in."""
+
+
+def unreadable_layers(drafter: Module, target: Module) -> list[str]:
+    """Drafter layers whose target weight is absent or not a plain matrix (a quantized target)."""
+    modules = dict(target.named_modules())
+    return [
+        name
+        for name in draft_linear_methods(drafter)
+        if not _is_readable(getattr(modules.get(name), "weight", None))
+    ]
+
+
+def _is_readable(weight: torch.Tensor | None) -> bool:
+    return weight is not None and weight.dim() == 2 and weight.dtype in READABLE_DTYPES
 
 
 @torch.no_grad()
@@ -24,13 +43,14 @@ def pack_from_target(drafter: Module, target: Module) -> int:
     Raises:
         RuntimeError: a target weight is not a readable floating-point matrix.
     """
-    target_modules = dict(target.named_modules())
+    unreadable = unreadable_layers(drafter, target)
+    if unreadable:
+        raise RuntimeError(
+            f"target layer {unreadable[0]!r} has no readable weight to build the drafter from "
+            f"({len(unreadable)} such layers)"
+        )
+    modules: dict[str, Any] = dict(target.named_modules())
     methods = draft_linear_methods(drafter)
     for name, method in methods.items():
-        weight = getattr(target_modules.get(name), "weight", None)
-        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-            raise RuntimeError(
-                f"target layer {name!r} has no readable weight to build the drafter from"
-            )
-        method.pack(weight.data)
+        method.pack(modules[name].weight.data)
     return len(methods)

@@ -35,4 +35,5 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> EngineOutputs:
     ensure_plugin_entry_point()
     os.environ[SERIALIZATION_VARIABLE] = "1"
     model = make_model(tmp_path_factory.mktemp("tiny"), seed=0)
-    return asyncio.run(collect_outputs(model))
+    pushed_model = make_model(tmp_path_factory.mktemp("pushed"), seed=1)
+    return asyncio.run(collect_outputs(model, pushed_model))

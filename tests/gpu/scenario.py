@@ -19,7 +19,7 @@ from rollout_server.engine.protocol import GeneratedSample, GenerateRequest
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig
 from shared.schemas.rollouts import SamplingOptions
-from shared.types import DrafterScheme, SpeculationMode
+from shared.types import DrafterScheme, PauseMode, SpeculationMode
 from tests.support.models import random_prompts
 
 MAX_DRAFT_LENGTH = 5
@@ -49,10 +49,12 @@ class EngineOutputs:
     """(batch size, rows, draft length) -> drafts of the replayed and of the uncaptured loop."""
     addresses: tuple[list[int], list[int]] = ([], [])
     """Of the drafter's packed tensors, before and after packing them again."""
+    after_push: dict[int, list[GeneratedSample]] = field(default_factory=dict)
+    """Greedy, by draft length, under the weights pushed last."""
 
 
-async def collect_outputs(model: Path) -> EngineOutputs:
-    """Start a float32 engine with graphs and take it through everything."""
+async def collect_outputs(model: Path, pushed_model: Path) -> EngineOutputs:
+    """Start a float32 engine with graphs, take it through everything, then push new weights."""
     spec = EngineSpec(
         engine_id="gpu-test",
         index=0,
@@ -88,6 +90,12 @@ async def collect_outputs(model: Path) -> EngineOutputs:
             outputs.sampled[length] = await sampled_sequences(engine, f"sampled-{length}")
         for name in ("first", "second"):
             outputs.seeded[name] = await seeded_tokens(engine, f"seeded-{name}")
+        path = str(pushed_model / "model.safetensors")
+        await engine._llm.collective_rpc("slipstream_stage", args=(1, path))
+        await engine.commit(1, PauseMode.KEEP)
+        for length in (0, 3):
+            await set_draft_length(engine, length)
+            outputs.after_push[length] = await greedy_samples(engine, f"pushed-{length}")
     return outputs
 
 

@@ -19,7 +19,17 @@ SIGNIFICANCE = 0.001
 
 @pytest.mark.parametrize("length", range(1, MAX_DRAFT_LENGTH + 1))
 def test_greedy_output_with_drafts_equals_plain_output(outputs: EngineOutputs, length: int) -> None:
-    pairs = list(zip(outputs.greedy[0], outputs.greedy[length], strict=True))
+    check_equal(outputs.greedy[0], outputs.greedy[length])
+
+
+def test_captured_graphs_follow_pushed_weights(outputs: EngineOutputs) -> None:
+    assert [s.token_ids for s in outputs.after_push[0]] != [s.token_ids for s in outputs.greedy[0]]
+    check_equal(outputs.after_push[0], outputs.after_push[3])
+
+
+def check_equal(plain_samples: list[GeneratedSample], samples: list[GeneratedSample]) -> None:
+    """The same tokens but for ties, from drafts of which some were accepted and some not."""
+    pairs = list(zip(plain_samples, samples, strict=True))
     num_equal = sum(plain.token_ids == drafted.token_ids for plain, drafted in pairs)
     assert num_equal >= MIN_EQUAL_FRACTION * len(pairs)
     for plain, drafted in pairs:

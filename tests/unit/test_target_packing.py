@@ -8,7 +8,7 @@ from torch.nn import Linear, Module, Parameter
 
 from rollout_server.drafter.plan import DrafterPlan
 from rollout_server.drafter.quantization import DraftLinearMethod
-from rollout_server.drafter.target_packing import pack_from_target
+from rollout_server.drafter.target_packing import pack_from_target, unreadable_layers
 from shared.config.engine import DrafterConfig
 from shared.types import DrafterScheme
 
@@ -65,7 +65,7 @@ def test_packing_again_follows_the_target() -> None:
 
 @pytest.mark.parametrize(
     "weight",
-    [None, torch.zeros(64), torch.zeros(64, 32, dtype=torch.int8)],
+    [None, torch.zeros(64), torch.zeros(64, 32).to(torch.float8_e4m3fn)],
     ids=["absent", "not-a-matrix", "quantized"],
 )
 def test_a_target_whose_weights_cannot_be_read_is_refused_by_name(
@@ -75,5 +75,6 @@ def test_a_target_whose_weights_cannot_be_read_is_refused_by_name(
     if weight is not None:
         target_layer.weight = Parameter(weight, requires_grad=False)
     drafter = Model(drafter_layer(32, 64), Module())
+    assert unreadable_layers(drafter, Model(target_layer, Module())) == ["first"]
     with pytest.raises(RuntimeError, match="target layer 'first'"):
         pack_from_target(drafter, Model(target_layer, Module()))

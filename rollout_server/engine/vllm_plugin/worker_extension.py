@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.nn import Module
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_processing,
@@ -25,6 +26,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 from rollout_server.drafter.proposer import SelfDraftProposer
 from rollout_server.drafter.requantization import requantize
 from rollout_server.drafter.sharing import draft_linear_methods, num_unshared_bytes
+from rollout_server.drafter.target_packing import pack_from_target, unreadable_layers
 from rollout_server.engine.vllm_plugin.expert_repair import repack_experts
 
 
@@ -69,7 +71,7 @@ class SlipstreamWorkerExtension:
             loaded = time.perf_counter()
             proposer = SelfDraftProposer.active
             if proposer is not None:
-                requantize(proposer.model, iterate_safetensors(path))
+                rebuild_drafter(proposer, model, path)
         torch.accelerator.synchronize()
         finished = time.perf_counter()
         return {"load_s": loaded - started, "requantize_s": finished - loaded}
@@ -83,6 +85,14 @@ class SlipstreamWorkerExtension:
         packed = sum(method.num_bytes() for method in methods.values())
         unshared = num_unshared_bytes(proposer.model, self.model_runner.get_model())
         return {"drafter_bytes": packed + unshared, "num_drafter_layers": len(methods)}
+
+
+def rebuild_drafter(proposer: SelfDraftProposer, target: Module, path: str) -> None:
+    """From the target's parameters where they can be read, else from the file once more."""
+    if proposer.device.type == "cuda" and not unreadable_layers(proposer.model, target):
+        pack_from_target(proposer.model, target)
+    else:
+        requantize(proposer.model, iterate_safetensors(path))
 
 
 def repack_tied_lm_head(model: Any) -> None:
