@@ -25,6 +25,14 @@ def test_greedy_output_with_drafts_equals_plain_output(outputs: EngineOutputs, l
 def test_captured_graphs_follow_pushed_weights(outputs: EngineOutputs) -> None:
     assert [s.token_ids for s in outputs.after_push[0]] != [s.token_ids for s in outputs.greedy[0]]
     check_equal(outputs.after_push[0], outputs.after_push[3])
+    # A drafter left behind would hardly ever guess another model's tokens.
+    assert acceptance(outputs.after_push[3]) > 0.5 * acceptance(outputs.greedy[3])
+
+
+def acceptance(samples: list[GeneratedSample]) -> float:
+    """Accepted drafts over drafts."""
+    num_drafted = sum(sample.num_draft_tokens for sample in samples)
+    return sum(sample.num_accepted_tokens for sample in samples) / num_drafted
 
 
 def check_equal(plain_samples: list[GeneratedSample], samples: list[GeneratedSample]) -> None:
