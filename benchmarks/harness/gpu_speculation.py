@@ -129,8 +129,8 @@ async def measure_round(
 ) -> Round:
     """Every side once."""
     sides: list[tuple[int | None, bool]] = [(None, False)]
-    for length in plan.draft_lengths:
-        sides += [(length, False), (length, True)] if length else [(0, False)]
+    for drafted in plan.draft_lengths:
+        sides += [(drafted, False), (drafted, True)] if drafted else [(0, False)]
     measured: Round = {}
     for length, synthetic in sides[repeat % len(sides) :] + sides[: repeat % len(sides)]:
         engine = engines[length is not None]

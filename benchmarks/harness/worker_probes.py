@@ -38,8 +38,9 @@ def accept_synthetically(worker: Any, acceptance: float | None) -> None:
     (``rejection_sample_method="synthetic"``, refused in serving) would measure vLLM's sampler.
     """
     del worker
+    steps: Any = speculative_steps
     if acceptance is None:
-        speculative_steps.verify = verify
+        steps.verify = verify
         return
 
     def verify_synthetically(
@@ -52,7 +53,7 @@ def accept_synthetically(worker: Any, acceptance: float | None) -> None:
             )
         return output
 
-    speculative_steps.verify = verify_synthetically
+    steps.verify = verify_synthetically
 
 
 def synthetic_tokens(
@@ -77,8 +78,7 @@ def synthetic_tokens(
 def time_drafting(worker: Any) -> None:
     """From now on note the device time of every draft loop."""
     del worker
-    proposer = SelfDraftProposer.active
-    assert proposer is not None
+    proposer: Any = SelfDraftProposer.active
     propose = proposer.propose
 
     def timed(num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:

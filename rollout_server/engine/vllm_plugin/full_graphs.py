@@ -50,7 +50,7 @@ class MultiLengthCudagraphDispatcher(CudagraphDispatcher):
         self.query_len = self.uniform_decode_query_len
         """Of the batch about to be dispatched; the runner's wrapper sets it."""
 
-    def captures(self, query_len: int) -> bool:
+    def captures(self, query_len: int | None) -> bool:
         """Whether uniform batches of this query length have full graphs."""
         return query_len in self._request_counts
 
@@ -176,7 +176,7 @@ def capture_draft_loops_too(capture_model: Any) -> Any:
     """
 
     def wrapped(runner: Any) -> Any:
-        drafter = getattr(runner, "drafter", None)
+        drafter: Any = getattr(runner, "drafter", None)
         if hasattr(drafter, "capture_draft_loops"):
             drafter.capture_draft_loops()
         return capture_model(runner)
