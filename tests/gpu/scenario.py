@@ -65,6 +65,7 @@ async def collect_outputs(model: Path, pushed_model: Path) -> EngineOutputs:
             max_num_seqs=64,
             enforce_eager=False,
             enable_prefix_caching=False,
+            vllm_args={"skip_tokenizer_init": True},  # tokens are all that is looked at
         ),
         drafter=DrafterConfig(scheme=DrafterScheme.INT8),
         speculation=SpeculationConfig(
