@@ -30,7 +30,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
-    # For dry runs and tests: the code paths of the others in seconds.
+    # For dry runs: the code paths of the others in seconds.
+    "tiny-tied": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 4096,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -43,7 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""Qwen3-0.6B, Qwen2.5-7B, and a tiny one."""
+"""Qwen3-0.6B, Qwen2.5-7B, and a tiny one of each."""
 COMMON: dict[str, Any] = {
     "hidden_act": "silu",
     "max_position_embeddings": 4096,

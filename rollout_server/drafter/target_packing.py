@@ -21,7 +21,7 @@ READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def unreadable_layers(drafter: Module, target: Module) -> list[str]:
     """Drafter layers whose target weight is absent or not a plain matrix (a quantized target)."""
-    modules = dict(target.named_modules())
+    modules = dict(target.named_modules(remove_duplicate=False))
     return [
         name
         for name in draft_linear_methods(drafter)
@@ -49,7 +49,7 @@ def pack_from_target(drafter: Module, target: Module) -> int:
             f"target layer {unreadable[0]!r} has no readable weight to build the drafter from "
             f"({len(unreadable)} such layers)"
         )
-    modules: dict[str, Any] = dict(target.named_modules())
+    modules: dict[str, Any] = dict(target.named_modules(remove_duplicate=False))
     methods = draft_linear_methods(drafter)
     for name, method in methods.items():
         method.pack(modules[name].weight.data)
