@@ -23,8 +23,6 @@ import torch
 MAX_GRAPH_BATCH_SIZE = 64
 """Larger batches keep the hardware busy without drafts, and without graphs."""
 MAX_PROBABILITIES_BYTES = 512 * 1024 * 1024
-SINGLE_STEP_BATCH_SIZES = (1, 2, 4)
-BATCH_SIZE_STEP = 8
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -45,7 +43,9 @@ class Replayable(Protocol):
 def graph_batch_sizes(
     max_batch_size: int, *, bytes_per_row: int, limit_bytes: int = MAX_PROBABILITIES_BYTES
 ) -> tuple[int, ...]:
-    """Batch sizes worth a graph, ascending: 1, 2, 4, then multiples of 8.
+    """Batch sizes worth a graph, ascending: powers of two, and the largest batch there may be.
+
+    Padding costs next to nothing: a draft step of a small batch takes the time of its weights.
 
     Args:
         max_batch_size: sequences the engine runs at once.
@@ -55,9 +55,8 @@ def graph_batch_sizes(
     Example: 20 sequences -> 1, 2, 4, 8, 16, 20.
     """
     largest = min(max_batch_size, MAX_GRAPH_BATCH_SIZE, limit_bytes // bytes_per_row)
-    sizes = {size for size in SINGLE_STEP_BATCH_SIZES if size <= largest}
-    sizes |= set(range(BATCH_SIZE_STEP, largest + 1, BATCH_SIZE_STEP))
-    return tuple(sorted(sizes | ({largest} if largest > 0 else set())))
+    powers = {2**exponent for exponent in range(largest.bit_length())}
+    return tuple(sorted(powers | ({largest} if largest > 0 else set())))
 
 
 class DraftLoopGraphs:
