@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rollout_server.engine import arguments
 from rollout_server.engine.actor import EngineActor, EngineFacts
 from rollout_server.engine.arguments import EngineSpec, engine_environment
 from rollout_server.engine.protocol import GeneratedSample, GenerateRequest
@@ -23,14 +26,33 @@ from shared.weights import build_manifest
 
 MAX_DRAFT_LENGTH = 5
 CONCURRENCY = 64
+PROBE = "tests.support.worker_probe.WorkerProbe"
+"""``worker_extension`` of engines whose KV cache and sampler a test looks into."""
 
 
 @asynccontextmanager
 async def running_engine(
-    model: Path, *, engine: dict[str, Any] | None = None, drafter: dict[str, Any] | None = None
+    model: Path,
+    *,
+    engine: dict[str, Any] | None = None,
+    drafter: dict[str, Any] | None = None,
+    max_draft_length: int = MAX_DRAFT_LENGTH,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    worker_extension: str | None = None,
 ) -> AsyncIterator[EngineActor]:
-    """Start an engine with drafts of up to ``MAX_DRAFT_LENGTH`` tokens, speculation off."""
-    async with started_engine(model, engine=engine, drafter=drafter) as (actor, _):
+    """Start an engine with drafts of up to ``max_draft_length`` tokens, speculation off.
+
+    Args:
+        worker_extension: qualified name of a class that extends ``SlipstreamWorkerExtension``.
+    """
+    async with started_engine(
+        model,
+        engine=engine,
+        drafter=drafter,
+        max_draft_length=max_draft_length,
+        dtype=dtype,
+        worker_extension=worker_extension,
+    ) as (actor, _):
         yield actor
 
 
@@ -40,7 +62,9 @@ async def started_engine(
     *,
     engine: dict[str, Any] | None = None,
     drafter: dict[str, Any] | None = None,
-    dtype: str = "float32",
+    max_draft_length: int = MAX_DRAFT_LENGTH,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    worker_extension: str | None = None,
 ) -> AsyncIterator[tuple[EngineActor, EngineFacts]]:
     """The same, with what the engine said of itself when it had started."""
     settings = {
@@ -52,27 +76,29 @@ async def started_engine(
     spec = EngineSpec(
         engine_id="test-engine",
         index=0,
-        model=ModelConfig.model_validate(
-            {"path": str(model), "dtype": dtype, "max_model_len": 512}
-        ),
+        model=ModelConfig(path=str(model), dtype=dtype, max_model_len=512),
         engine=EngineConfig.model_validate({**settings, **(engine or {})}),
         drafter=DrafterConfig.model_validate(drafter or {}),
         speculation=SpeculationConfig(
-            mode=SpeculationMode.OFF, num_speculative_tokens=MAX_DRAFT_LENGTH
+            mode=SpeculationMode.OFF, num_speculative_tokens=max_draft_length
         ),
         device="cpu",
     )
     saved = dict(os.environ)
     os.environ.update(engine_environment(spec))
+    extension = arguments.WORKER_EXTENSION_CLASS
+    arguments.WORKER_EXTENSION_CLASS = worker_extension or extension
     actor = EngineActor(spec)
     try:
         facts = await actor.start()
         os.environ.clear()
         os.environ.update(saved)
+        arguments.WORKER_EXTENSION_CLASS = extension
         yield actor, facts
     finally:
         os.environ.clear()
         os.environ.update(saved)
+        arguments.WORKER_EXTENSION_CLASS = extension
         await actor.shutdown()
 
 
@@ -148,3 +174,41 @@ async def drafter_memory(actor: EngineActor) -> list[dict[str, int]]:
 def greedy(num_tokens: int) -> SamplingOptions:
     """Greedy decoding of exactly this many tokens."""
     return SamplingOptions(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+
+
+async def probe(actor: EngineActor, method: str, *args: Any) -> Any:
+    """Call a method of the ``worker_extension`` in the engine's only rank."""
+    (result,) = await actor._llm.collective_rpc(method, args=args)
+    return result
+
+
+@asynccontextmanager
+async def changing_draft_length(
+    actor: EngineActor, lengths: Sequence[int], *, every_s: float = 0.0
+) -> AsyncIterator[None]:
+    """While inside, the engine drafts the next of ``lengths`` as often as it takes a new policy."""
+
+    async def change_forever() -> None:
+        for length in itertools.cycle(lengths):
+            await speculate(actor, length)
+            await asyncio.sleep(every_s)
+
+    task = asyncio.create_task(change_forever())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def wait_for_tokens(actor: EngineActor, num_generation_tokens: int) -> None:
+    """Until the engine has generated this many in its life."""
+    # Of another process: there is nothing to wait on. Bounded by the test's timeout.
+    while (await actor.load())["num_generation_tokens"] < num_generation_tokens:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+async def forget_prefixes(actor: EngineActor) -> None:
+    """Empty the prefix cache; nothing may be running."""
+    assert await actor._llm.reset_prefix_cache()

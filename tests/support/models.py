@@ -89,6 +89,11 @@ def load_reference(path: Path) -> PreTrainedModel:
     )
 
 
+def stretched(tokens: list[int], length: int) -> list[int]:
+    """``tokens`` again and again, ``length`` in all."""
+    return (tokens * length)[:length]
+
+
 def greedy_reference(path: Path, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
     """What Hugging Face's ``generate`` says, token for token."""
     model = load_reference(path)

@@ -1,12 +1,17 @@
-"""Chi-square comparison of two sides' samples over a small set of outcomes."""
+"""Tests of whether samples have the distribution they should have, over a small vocabulary.
+
+``smallest_p_value`` compares two sides' samples with each other; ``exact_p_value`` compares one
+side with probabilities known from elsewhere.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy.stats import chi2_contingency
+from scipy.stats import chi2, chi2_contingency
 
 MIN_EXPECTED_COUNT = 8
 
@@ -29,8 +34,10 @@ def chi_square_p_value(left: Sequence[Hashable], right: Sequence[Hashable]) -> f
     return float(chi2_contingency(table).pvalue)
 
 
-def smallest_p_value(left: Sequence[Sequence[int]], right: Sequence[Sequence[int]]) -> float:
-    """Bonferroni-corrected smallest p-value over every position's token and every adjacent pair.
+def smallest_p_value(
+    left: Sequence[Sequence[int]], right: Sequence[Sequence[int]], *, longest_tuple: int = 3
+) -> float:
+    """Bonferroni-corrected smallest p-value over every position's token, pair and triple.
 
     Each sequence contributes one outcome to each test, so the outcomes of a test are independent.
 
@@ -39,13 +46,60 @@ def smallest_p_value(left: Sequence[Sequence[int]], right: Sequence[Sequence[int
     """
     length = len(left[0])
     p_values = []
-    for position in range(length):
-        p_values.append(
-            chi_square_p_value([s[position] for s in left], [s[position] for s in right])
-        )
-    for position in range(length - 1):
-        window = slice(position, position + 2)
-        p_values.append(
-            chi_square_p_value([tuple(s[window]) for s in left], [tuple(s[window]) for s in right])
-        )
+    for width in range(1, longest_tuple + 1):
+        for position in range(length - width + 1):
+            window = slice(position, position + width)
+            p_values.append(
+                chi_square_p_value(
+                    [tuple(s[window]) for s in left], [tuple(s[window]) for s in right]
+                )
+            )
     return min(1.0, min(p_values) * len(p_values))
+
+
+def exact_p_value(sequences: Sequence[Sequence[int]], probabilities: np.ndarray) -> float:
+    """Bonferroni-corrected smallest p-value of tokens against their known distributions.
+
+    Given all tokens before it, a token is one draw from its own distribution. What is seen minus
+    what is expected is therefore a martingale: its sum over all tokens, dependent as they are, is
+    normal with the summed covariance. Summed by token, and by the rank of the token.
+
+    Args:
+        sequences: [num_sequences][num_tokens].
+        probabilities: [num_sequences, num_tokens, vocab_size], each given the tokens before.
+    """
+    vocab_size = probabilities.shape[-1]
+    flat_NV = probabilities.reshape(-1, vocab_size).astype(np.float64)
+    tokens_N = np.asarray(sequences).reshape(-1)
+    order_NV = np.argsort(-flat_NV, axis=1, kind="stable")
+    rank_N = (order_NV == tokens_N[:, None]).argmax(axis=1)
+    p_values = [
+        _martingale_p_value(tokens_N, flat_NV),
+        _martingale_p_value(rank_N, np.take_along_axis(flat_NV, order_NV, axis=1)),
+    ]
+    return min(1.0, min(p_values) * len(p_values))
+
+
+def _martingale_p_value(outcomes_N: np.ndarray, probabilities_NV: np.ndarray) -> float:
+    expected_V = probabilities_NV.sum(axis=0)
+    seen_V = np.bincount(outcomes_N, minlength=len(expected_V)).astype(np.float64)
+    if (seen_V[expected_V == 0] > 0).any():
+        return 0.0
+    common = expected_V >= MIN_EXPECTED_COUNT
+    # One dimension too many (everything adds up to one) is left to the rank of the covariance.
+    p_NC = probabilities_NV[:, common]
+    difference_C = (seen_V - expected_V)[common]
+    covariance_CC = np.diag(p_NC.sum(axis=0)) - p_NC.T @ p_NC
+    values_C, vectors_CC = np.linalg.eigh(covariance_CC)
+    kept = values_C > 1e-6 * values_C.max()
+    projected = vectors_CC.T @ difference_C
+    statistic = float((projected[kept] ** 2 / values_C[kept]).sum())
+    return float(chi2.sf(statistic, df=int(kept.sum())))
+
+
+def with_planted_error(
+    sequences: Sequence[Sequence[int]], *, token: int, rate: float, seed: int
+) -> list[list[int]]:
+    """Each token becomes ``token`` with probability ``rate``: a total variation of at most that."""
+    generator = random.Random(seed)
+    return [[token if generator.random() < rate else t for t in s] for s in sequences]
