@@ -15,29 +15,37 @@ DRAFT_PREFIX = "draft_model."
 MIN_INT4_CAPABILITY = 80
 
 
-def resolve_scheme(
-    scheme: DrafterScheme, device_type: str, compute_capability: int | None = None
-) -> DrafterScheme:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceAbilities:
+    """What choosing a scheme needs to know of the device an engine runs on."""
+
+    device_type: str
+    """``cpu`` or ``cuda``."""
+    compute_capability: int | None = None
+    """Of a CUDA device, 80 for 8.0; None where it is not known."""
+    has_cpu_int4: bool = False
+    """The CPU has the int4 kernel of ``kernels/int4_vnni.py``."""
+
+
+def resolve_scheme(scheme: DrafterScheme, device: DeviceAbilities) -> DrafterScheme:
     """What ``auto`` means on a device. Any other scheme is what it is.
 
     Drafting one token for a few sequences is a matter of bytes read per weight.
 
-    - CPU: int8. oneDNN's W8A8 takes half the time of bfloat16 at every batch size (measured, 2048 x
-      8192 at batch 1: 0.60 and 1.22 ms). int4 through WNA16 takes 1.30 ms; through the VNNI kernel
-      it reads fewer bytes than int8, but only for up to four rows at a time (``int4_vnni.py``).
+    - CPU with AVX-512 VNNI or AMX: int4. At the one to four sequences for which drafting pays on a
+      CPU its kernel runs at the speed of memory (``make bench-speculation``).
+    - Other CPUs: int8. oneDNN's W8A8 takes half the time of bfloat16; int4 through vLLM's WNA16
+      kernel is no faster than bfloat16 there (2048 x 8192 at batch 1: 0.60, 1.30 and 1.22 ms).
     - CUDA from sm80: int4. Marlin and Machete run at the speed of memory, and a quarter of the
       bytes beats a half of them for as long as the batch is small, which is when we draft.
     - CUDA sm75: int8. There is no bfloat16 in hardware, which the int4 kernels compute in.
-
-    Args:
-        compute_capability: of the CUDA device, 80 for 8.0. None where it is not known (the server
-            may sit on a machine without a GPU): taken for sm80 or newer.
     """
     if scheme is not DrafterScheme.AUTO:
         return scheme
-    if device_type != "cuda":
-        return DrafterScheme.INT8
-    if compute_capability is not None and compute_capability < MIN_INT4_CAPABILITY:
+    if device.device_type != "cuda":
+        return DrafterScheme.INT4 if device.has_cpu_int4 else DrafterScheme.INT8
+    capability = device.compute_capability
+    if capability is not None and capability < MIN_INT4_CAPABILITY:
         return DrafterScheme.INT8
     return DrafterScheme.INT4
 
@@ -53,15 +61,9 @@ class DrafterPlan:
     exclude: tuple[re.Pattern[str], ...]
 
     @classmethod
-    def from_config(
-        cls, config: DrafterConfig, device_type: str, compute_capability: int | None = None
-    ) -> DrafterPlan:
-        """
-        Args:
-            compute_capability: as in ``resolve_scheme``.
-        """
+    def from_config(cls, config: DrafterConfig, device: DeviceAbilities) -> DrafterPlan:
         return cls(
-            scheme=resolve_scheme(config.scheme, device_type, compute_capability),
+            scheme=resolve_scheme(config.scheme, device),
             int4_group_size=config.int4_group_size,
             int4_symmetric=config.int4_symmetric,
             quantize_lm_head=config.quantize_lm_head,

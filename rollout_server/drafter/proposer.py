@@ -35,6 +35,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from rollout_server.drafter.draft_sampling import DraftSampler
+from rollout_server.drafter.kernels.factory import device_abilities
 from rollout_server.drafter.plan import DrafterPlan
 from rollout_server.drafter.proposal import Proposal, ProposalBuffer
 from rollout_server.drafter.quantization import DrafterQuantizationConfig
@@ -56,7 +57,7 @@ class SelfDraftProposer(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         settings = plugin_settings(vllm_config)
-        self.plan = DrafterPlan.from_config(settings.drafter, device.type)
+        self.plan = DrafterPlan.from_config(settings.drafter, device_abilities(device.type))
         self.sampled_token_ids_BJ: torch.Tensor | None = None
         """What the running step sampled; set by ``verified_steps`` before it drafts."""
         self._runner = runner

@@ -27,7 +27,7 @@ from shared.errors import EngineDeadError, EngineError, InvalidRequestError, Wei
 from shared.schemas.rollouts import SamplingOptions
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineCommitTimings, WeightManifest
-from shared.types import FinishReason, PauseMode
+from shared.types import DrafterScheme, FinishReason, PauseMode
 
 WARM_UP_TOKENS = 8
 
@@ -42,6 +42,8 @@ class EngineFacts:
     max_model_len: int
     vocab_size: int
     start_up_s: float
+    drafter_scheme: DrafterScheme
+    """After ``auto`` is resolved on the engine's device; ``none`` without a drafter."""
     drafter_bytes: int
 
 
@@ -69,7 +71,7 @@ class EngineActor:
             self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
             await self._core("slipstream_set_weight_versions", 0, 0)
             await self._warm_up()
-            memory = await self._llm.collective_rpc("slipstream_memory")
+            drafters = await self._llm.collective_rpc("slipstream_drafter")
         except Exception as exc:
             # Boundary to vLLM: whatever stopped the start is reported as one error of ours.
             raise EngineError(f"engine {self._spec.engine_id} did not start: {exc}") from exc
@@ -81,7 +83,8 @@ class EngineActor:
             max_model_len=int(config.model_config.max_model_len),
             vocab_size=int(config.model_config.get_vocab_size()),
             start_up_s=time.perf_counter() - started,
-            drafter_bytes=sum(rank["drafter_bytes"] for rank in memory),
+            drafter_scheme=DrafterScheme(drafters[0]["drafter_scheme"]),
+            drafter_bytes=sum(rank["drafter_bytes"] for rank in drafters),
         )
 
     async def _warm_up(self) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from rollout_server.drafter.plan import resolve_scheme
 from rollout_server.engine.actor import EngineFacts
 from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.footprint import Footprint, remove_footprint
@@ -131,8 +130,6 @@ class RayEngineHandle:
         load: dict[str, Any] = {}
         if facts is not None and self.state is not EngineState.DEAD:
             load = await self._control(self._actor.load.remote(), "for its load")
-        drafter = self.spec.drafter
-        scheme = resolve_scheme(drafter.scheme, self.spec.device)
         return EngineStatus(
             engine_id=self.engine_id,
             state=self.state,
@@ -141,7 +138,7 @@ class RayEngineHandle:
             cpu_cores=self.spec.cpu_cores,
             target_version=load.get("target_version", self._committed_version),
             drafter_version=load.get("drafter_version", self._committed_version),
-            drafter_scheme=scheme if drafter.enabled else DrafterScheme.NONE,
+            drafter_scheme=DrafterScheme.AUTO if facts is None else facts.drafter_scheme,
             num_running_reqs=load.get("num_running_reqs", 0),
             num_waiting_reqs=load.get("num_waiting_reqs", 0),
             kv_cache_usage=load.get("kv_cache_usage", 0.0),

@@ -10,7 +10,7 @@ import torch
 
 from rollout_server.drafter.kernels.base import DraftKernel, LayerShape
 from rollout_server.drafter.kernels.factory import make_draft_kernel
-from rollout_server.drafter.plan import DrafterPlan
+from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan
 from rollout_server.drafter.schemes import dequantize_fp8, dequantize_int4, dequantize_int8
 from shared.config.engine import DrafterConfig
 from shared.types import DrafterScheme
@@ -40,7 +40,9 @@ CASES = [
 def make_kernel(
     scheme: DrafterScheme, symmetric: bool, num_inputs: int, num_outputs: int
 ) -> DraftKernel[Any]:
-    plan = DrafterPlan.from_config(DrafterConfig(scheme=scheme, int4_symmetric=symmetric), "cuda")
+    plan = DrafterPlan.from_config(
+        DrafterConfig(scheme=scheme, int4_symmetric=symmetric), DeviceAbilities(device_type="cuda")
+    )
     shape = LayerShape(num_outputs=num_outputs, num_inputs=num_inputs, dtype=torch.bfloat16)
     return make_draft_kernel(plan, shape, "cuda")
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from rollout_server.drafter.kernels.base import LayerShape
 from rollout_server.drafter.kernels.factory import make_draft_kernel
-from rollout_server.drafter.plan import DrafterPlan
+from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan
 from rollout_server.engine.actor import EngineFacts
 from shared.config.engine import DrafterConfig
 from shared.types import DrafterScheme
@@ -52,7 +52,9 @@ def linear_shapes(model: Path) -> list[tuple[int, int]]:
 
 def int4_bytes(num_outputs: int, num_inputs: int) -> int:
     """What this CPU's int4 kernel holds for one layer."""
-    plan = DrafterPlan.from_config(DrafterConfig(scheme=DrafterScheme.INT4), "cpu")
+    plan = DrafterPlan.from_config(
+        DrafterConfig(scheme=DrafterScheme.INT4), DeviceAbilities(device_type="cpu")
+    )
     shape = LayerShape(num_outputs=num_outputs, num_inputs=num_inputs, dtype=torch.bfloat16)
     kernel = make_draft_kernel(plan, shape, "cpu")
     kernel.pack(torch.randn(num_outputs, num_inputs))

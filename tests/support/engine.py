@@ -168,7 +168,7 @@ async def push(actor: EngineActor, model: Path, version: int, directory: Path) -
 
 async def drafter_memory(actor: EngineActor) -> list[dict[str, int]]:
     """Per rank: bytes and number of the drafter's own layers."""
-    return await actor._llm.collective_rpc("slipstream_memory")
+    return await actor._llm.collective_rpc("slipstream_drafter")
 
 
 def greedy(num_tokens: int) -> SamplingOptions:

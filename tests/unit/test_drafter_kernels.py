@@ -16,7 +16,7 @@ import torch
 from rollout_server.drafter.kernels.base import DraftKernel, LayerShape, UnsupportedLayerError
 from rollout_server.drafter.kernels.factory import make_draft_kernel, slow_scheme_warning
 from rollout_server.drafter.kernels.int4 import Int4Matmul
-from rollout_server.drafter.plan import DrafterPlan
+from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan
 from rollout_server.drafter.schemes import (
     Fp8Weight,
     Int4Weight,
@@ -49,7 +49,9 @@ def make_kernel(
     num_inputs: int = NUM_INPUTS,
     num_outputs: int = NUM_OUTPUTS,
 ) -> DraftKernel[Any]:
-    plan = DrafterPlan.from_config(DrafterConfig.model_validate(SCHEMES[name]), "cpu")
+    plan = DrafterPlan.from_config(
+        DrafterConfig.model_validate(SCHEMES[name]), DeviceAbilities(device_type="cpu")
+    )
     shape = LayerShape(num_outputs=num_outputs, num_inputs=num_inputs, dtype=dtype)
     if "wna16" not in name:
         return make_draft_kernel(plan, shape, "cpu")
@@ -202,7 +204,7 @@ def test_schemes_that_save_no_time_on_the_device_say_so() -> None:
 
 
 def test_a_device_without_kernels_is_an_error_that_names_it() -> None:
-    plan = DrafterPlan.from_config(DrafterConfig(), "cpu")
+    plan = DrafterPlan.from_config(DrafterConfig(), DeviceAbilities(device_type="cpu"))
     shape = LayerShape(num_outputs=32, num_inputs=32, dtype=torch.float32)
     with pytest.raises(ValueError, match="no kernel for device 'xpu'"):
         make_draft_kernel(plan, shape, "xpu")

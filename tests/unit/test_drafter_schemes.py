@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout_server.drafter.plan import DrafterPlan, resolve_scheme
+from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan, resolve_scheme
 from rollout_server.drafter.schemes import dequantize_int8, quantize_int8_per_channel
 from shared.config.engine import DrafterConfig
 from shared.types import DrafterScheme
@@ -51,24 +51,33 @@ def test_bfloat16_weights_quantize_like_their_float32_values() -> None:
 
 
 def plan(**settings_: object) -> DrafterPlan:
-    return DrafterPlan.from_config(DrafterConfig.model_validate(settings_), "cpu")
+    return DrafterPlan.from_config(
+        DrafterConfig.model_validate(settings_), DeviceAbilities(device_type="cpu")
+    )
 
 
-def test_auto_is_int8_on_cpu() -> None:
-    assert resolve_scheme(DrafterScheme.AUTO, "cpu") is DrafterScheme.INT8
+def resolved(scheme: DrafterScheme, **device: object) -> DrafterScheme:
+    return resolve_scheme(scheme, DeviceAbilities(**device))  # type: ignore[arg-type]
+
+
+def test_auto_on_cpu_is_int4_where_its_kernel_is_fast() -> None:
+    assert resolved(DrafterScheme.AUTO, device_type="cpu") is DrafterScheme.INT8
+    assert resolved(DrafterScheme.AUTO, device_type="cpu", has_cpu_int4=True) is DrafterScheme.INT4
+    assert resolved(DrafterScheme.INT8, device_type="cpu", has_cpu_int4=True) is DrafterScheme.INT8
     assert plan().scheme is DrafterScheme.INT8
 
 
 @pytest.mark.parametrize(
-    ("compute_capability", "scheme"),
+    ("capability", "scheme"),
     [(75, DrafterScheme.INT8), (80, DrafterScheme.INT4), (90, DrafterScheme.INT4),
      (None, DrafterScheme.INT4)],
 )  # fmt: skip
 def test_auto_on_cuda_is_int4_where_the_device_has_bfloat16(
-    compute_capability: int | None, scheme: DrafterScheme
+    capability: int | None, scheme: DrafterScheme
 ) -> None:
-    assert resolve_scheme(DrafterScheme.AUTO, "cuda", compute_capability) is scheme
-    assert resolve_scheme(DrafterScheme.FP8, "cuda", compute_capability) is DrafterScheme.FP8
+    device = {"device_type": "cuda", "compute_capability": capability}
+    assert resolved(DrafterScheme.AUTO, **device) is scheme
+    assert resolved(DrafterScheme.FP8, **device) is DrafterScheme.FP8
 
 
 def test_excluded_layers_and_the_shared_head_stay_the_targets() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Linear, Module, Parameter
 
-from rollout_server.drafter.plan import DrafterPlan
+from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan
 from rollout_server.drafter.quantization import DraftLinearMethod
 from rollout_server.drafter.target_packing import pack_from_target, unreadable_layers
 from shared.config.engine import DrafterConfig
@@ -24,7 +24,9 @@ class Model(Module):
 
 def drafter_layer(num_inputs: int, num_outputs: int) -> Module:
     """An empty layer with the drafter's int8 method, as vLLM builds it."""
-    plan = DrafterPlan.from_config(DrafterConfig(scheme=DrafterScheme.INT8), "cpu")
+    plan = DrafterPlan.from_config(
+        DrafterConfig(scheme=DrafterScheme.INT8), DeviceAbilities(device_type="cpu")
+    )
     layer: Module = Module()
     layer.quant_method = DraftLinearMethod(plan, "cpu", "layer")
     layer.quant_method.create_weights(

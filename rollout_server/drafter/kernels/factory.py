@@ -18,7 +18,7 @@ from rollout_server.drafter.kernels.fp8 import CutlassFp8Matmul, PlainFp8Matmul,
 from rollout_server.drafter.kernels.int4 import Int4Matmul
 from rollout_server.drafter.kernels.int4_vnni import VnniInt4Matmul
 from rollout_server.drafter.kernels.int8 import CudaInt8Matmul, OnednnInt8Matmul
-from rollout_server.drafter.plan import DrafterPlan
+from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan
 from rollout_server.drafter.schemes import (
     quantize_fp8_per_channel,
     quantize_int4_groups,
@@ -52,6 +52,15 @@ def compute_capability(device_type: str) -> int | None:
     """Of the CUDA device, as 80 for 8.0; None on CPU."""
     capability = current_platform.get_device_capability() if device_type == "cuda" else None
     return None if capability is None else int(capability.to_int())
+
+
+def device_abilities(device_type: str) -> DeviceAbilities:
+    """Of the device of this process."""
+    return DeviceAbilities(
+        device_type=device_type,
+        compute_capability=compute_capability(device_type),
+        has_cpu_int4=device_type == "cpu" and int4_vnni.is_available(),
+    )
 
 
 def _int8(shape: LayerShape, device_type: str) -> DraftKernel[Any]:

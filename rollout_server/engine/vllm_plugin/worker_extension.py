@@ -28,6 +28,7 @@ from rollout_server.drafter.requantization import requantize
 from rollout_server.drafter.sharing import draft_linear_methods, num_unshared_bytes
 from rollout_server.drafter.target_packing import pack_from_target, unreadable_layers
 from rollout_server.engine.vllm_plugin.expert_repair import repack_experts
+from shared.types import DrafterScheme
 
 
 class SlipstreamWorkerExtension:
@@ -76,15 +77,24 @@ class SlipstreamWorkerExtension:
         finished = time.perf_counter()
         return {"load_s": loaded - started, "requantize_s": finished - loaded}
 
-    def slipstream_memory(self) -> dict[str, int]:
-        """Bytes the drafter holds of its own: packed weights, and whatever is not shared."""
+    def slipstream_drafter(self) -> dict[str, Any]:
+        """The drafter's scheme, and the bytes it holds of its own: packed weights, and whatever is
+        not shared with the target."""
         proposer = SelfDraftProposer.active
         if proposer is None:
-            return {"drafter_bytes": 0, "num_drafter_layers": 0}
+            return {
+                "drafter_scheme": DrafterScheme.NONE.value,
+                "drafter_bytes": 0,
+                "num_drafter_layers": 0,
+            }
         methods = draft_linear_methods(proposer.model)
         packed = sum(method.num_bytes() for method in methods.values())
         unshared = num_unshared_bytes(proposer.model, self.model_runner.get_model())
-        return {"drafter_bytes": packed + unshared, "num_drafter_layers": len(methods)}
+        return {
+            "drafter_scheme": proposer.plan.scheme.value,
+            "drafter_bytes": packed + unshared,
+            "num_drafter_layers": len(methods),
+        }
 
 
 def rebuild_drafter(proposer: SelfDraftProposer, target: Module, path: str) -> None:
