@@ -13,7 +13,7 @@ from shared.schemas.rollouts import SamplingOptions
 from tests.support import proof
 from tests.support.engine import generate, greedy, speculate, wait_for_tokens
 from tests.support.judge import judge_greedy
-from tests.support.models import CHARACTERS, random_prompts
+from tests.support.models import CHARACTERS, CONTEXT_LENGTH, random_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -78,6 +78,29 @@ async def test_max_tokens_inside_a_draft_is_exact(
                 assert sample.token_ids == reference[:limit]
                 assert len(sample.logprobs) == limit
                 assert sample.finish_reason == "length"
+
+
+async def test_the_end_of_the_context_inside_a_draft_is_exact(
+    proof_engine: EngineActor, tiny_model: Path
+) -> None:
+    # Prompts that leave room for 1 to 24 tokens, at every offset to the last KV block's end.
+    prompts = [
+        (random_prompts(1, seed=43 + room, longest=60)[0] * CONTEXT_LENGTH)[: CONTEXT_LENGTH - room]
+        for room in range(1, 25)
+    ]
+    for length in (0, *DRAFT_LENGTHS):
+        await speculate(proof_engine, length)
+        runs = await asyncio.gather(
+            *(
+                generate(
+                    proof_engine, [prompt], greedy(CONTEXT_LENGTH - len(prompt)), name=f"end-{room}"
+                )
+                for room, prompt in enumerate(prompts)
+            )
+        )
+        outputs = [groups[0][0].token_ids for groups in runs]
+        assert [len(tokens) for tokens in outputs] == list(range(1, 25))
+        assert judge_greedy(tiny_model, prompts, outputs).num_wrong == 0, f"draft length {length}"
 
 
 async def test_an_abort_inside_a_draft_returns_a_prefix_of_the_right_answer(

@@ -28,7 +28,7 @@ from tests.support.engine import (
     wait_for_tokens,
 )
 from tests.support.judge import judge_greedy
-from tests.support.models import random_prompts, stretched
+from tests.support.models import CONTEXT_LENGTH, random_prompts, stretched
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -122,6 +122,21 @@ async def test_blocks_in_the_prefix_cache_and_of_idle_requests_survive_speculati
     assert computed == 200 - 6 * 32 + 39
     assert second.token_ids == first.token_ids
     assert judge_greedy(tiny_model, [victim], [first.token_ids]).num_wrong == 0
+    assert report["num_stray_slots"] == 0
+
+
+async def test_drafts_past_the_end_of_the_context_are_written_nowhere(
+    proof_engine: EngineActor, tiny_model: Path
+) -> None:
+    # Alone, so that no other request's slots excuse a write; from a prompt that others may share.
+    await speculate(proof_engine, 8)
+    tokens = random_prompts(1, seed=36, longest=60)[0]
+    async with guarded(proof_engine) as report:
+        for room in range(1, 13):
+            prompt = stretched(tokens, CONTEXT_LENGTH - room)
+            ((sample,),) = await generate(proof_engine, [prompt], greedy(room), name=f"{room}")
+            assert judge_greedy(tiny_model, [prompt], [sample.token_ids]).num_wrong == 0
+    assert report["messages"] == []
     assert report["num_stray_slots"] == 0
 
 
