@@ -139,8 +139,10 @@ class SelfDraftProposer(DraftModelProposer):
             batch_size, num_speculative_tokens, device=self.device, dtype=torch.int64
         )
         for draft_index in range(num_speculative_tokens):
-            positions = self._update_positions_dependent_metadata(
-                positions, metadata, batch_size, padded_size, self.block_size
+            # Counted here, not taken from its result: past the end of the context that is 0, and
+            # the pass after it would write over the sequence's own first positions.
+            self._update_positions_dependent_metadata(
+                positions + draft_index, metadata, batch_size, padded_size, self.block_size
             )
             _, per_layer_metadata = self.build_per_group_and_layer_attn_metadata(
                 metadata, draft_index=draft_index
@@ -168,7 +170,8 @@ class SelfDraftProposer(DraftModelProposer):
     ) -> tuple[CommonAttentionMetadata, torch.Tensor]:
         """Attention metadata of one token per request, and the position of each one's last token.
 
-        ``_update_positions_dependent_metadata`` moves both on by one before each pass.
+        ``_update_positions_dependent_metadata`` moves the lengths on by one before each pass and
+        takes the position each one had then.
         """
         batch_size = common.num_reqs
         # Length before the new token. Cloned: the runner's own buffer must stay as it is.
