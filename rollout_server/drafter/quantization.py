@@ -25,9 +25,14 @@ from vllm.model_executor.layers.quantization.base_config import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.utils import set_weight_attrs
 
-from rollout_server.drafter.kernels.base import DraftKernel, LayerShape, UnsupportedLayerError
-from rollout_server.drafter.kernels.factory import make_draft_kernel, slow_scheme_warning
+from rollout_server.drafter.kernels.base import LayerShape, RowsKernel, UnsupportedLayerError
+from rollout_server.drafter.kernels.factory import (
+    AnyDraftKernel,
+    make_draft_kernel,
+    slow_scheme_warning,
+)
 from rollout_server.drafter.plan import DrafterPlan
+from rollout_server.drafter.shards import shard_first_row
 
 LOGGER = logging.getLogger(__name__)
 
@@ -94,7 +99,7 @@ class DraftLinearMethod(LinearMethodBase):
             dtype=params_dtype,
         )
         try:
-            self._kernel: DraftKernel[Any] = make_draft_kernel(self._plan, shape, self._device_type)
+            self._kernel: AnyDraftKernel = make_draft_kernel(self._plan, shape, self._device_type)
         except UnsupportedLayerError as exc:
             LOGGER.warning(
                 "drafter layer %s is not quantized but shared with the target: %s",
@@ -116,7 +121,9 @@ class DraftLinearMethod(LinearMethodBase):
         self.apply_quantized = self._kernel.matmul.apply
         self._shape = (sum(output_partition_sizes), input_size_per_partition)
         self._dtype = params_dtype
-        self._num_partitions = len(output_partition_sizes)
+        self._partition_rows = output_partition_sizes
+        # A rank that holds all of the layer can take its shards as they lie in the checkpoint.
+        self._is_whole_layer = self._shape == (output_size, input_size)
         self._layer_loader = extra_weight_attrs.pop("weight_loader")
         self._attributes = {"input_dim": 1, "output_dim": 0, **extra_weight_attrs}
         self._staging: Parameter | None = None
@@ -137,27 +144,77 @@ class DraftLinearMethod(LinearMethodBase):
     def load_shard(
         self, param: Parameter, loaded_weight: torch.Tensor, *shard: Any, **shard_kwargs: Any
     ) -> None:
-        """Weight loader of the placeholder; packs when the layer is complete."""
+        """Weight loader of the placeholder; packs what is complete."""
+        key = next(iter((*shard, *shard_kwargs.values())), None)
+        if self._staging is None and self._pack_shard(loaded_weight, key):
+            self._loaded_shards.add(key)
+            if self._all_shards_loaded():
+                self._finish()
+            return
         if self._staging is None:
+            if self._loaded_shards:
+                raise RuntimeError(
+                    f"drafter layer {self._layer_name}: shard {key!r} of shape "
+                    f"{tuple(loaded_weight.shape)} does not go with the shards before it"
+                )
             data = torch.empty(self._shape, dtype=self._dtype, device=self._device_type)
             self._staging = Parameter(data, requires_grad=False)
             set_weight_attrs(self._staging, self._attributes)
         self._layer_loader(self._staging, loaded_weight, *shard, **shard_kwargs)
-        self._loaded_shards.add(shard or tuple(shard_kwargs.values()) or None)
-        whole = None in self._loaded_shards or (None,) in self._loaded_shards
-        if whole or len(self._loaded_shards) == self._num_partitions:
-            staging, self._staging = self._staging, None
-            self._loaded_shards.clear()
-            self.pack(staging.data)
+        self._loaded_shards.add(key)
+        if self._all_shards_loaded():
+            self.pack(self._staging.data)
+
+    def _pack_shard(self, loaded_weight: torch.Tensor, key: Any) -> bool:
+        """Quantize a shard from where it lies, if the kernel takes rows and this rank all of it."""
+        kernel = self._kernel
+        if not isinstance(kernel, RowsKernel) or not self.takes_single_shards():
+            return False
+        first_row = shard_first_row(
+            key, tuple(loaded_weight.shape), self._partition_rows, self._shape[1]
+        )
+        if first_row is None:
+            return False
+        kernel.matmul.pack_rows(loaded_weight, first_row)
+        return True
+
+    def _all_shards_loaded(self) -> bool:
+        return None in self._loaded_shards or len(self._loaded_shards) == len(self._partition_rows)
+
+    def _finish(self) -> None:
+        self._staging = None
+        self._loaded_shards.clear()
+        self.num_packed += 1
 
     def pack(self, weight_NK: torch.Tensor) -> None:
         """Quantize this rank's complete weight [N, K] and put it in use."""
         self._kernel.pack(weight_NK)
-        self.num_packed += 1
+        self._finish()
 
     def is_loading(self) -> bool:
         """True while some but not all shards of a layer have arrived."""
-        return self._staging is not None
+        return bool(self._loaded_shards)
+
+    def takes_single_shards(self) -> bool:
+        """Whether shards are packed one by one, so that a push may leave some of them out."""
+        kernel = self._kernel
+        return (
+            self._is_whole_layer
+            and isinstance(kernel, RowsKernel)
+            and all(kernel.takes_rows(0, rows) for rows in self._partition_rows)
+        )
+
+    def accept_missing_shards(self) -> bool:
+        """End a partial push: the shards that did not come stay as they are.
+
+        Returns:
+            False when the layer collects shards in staging and cannot do without the others.
+        """
+        if self._staging is not None:
+            return False
+        if self._loaded_shards:
+            self._finish()
+        return True
 
     def drop_staging(self) -> None:
         """Forget a half-collected layer (a load failed)."""

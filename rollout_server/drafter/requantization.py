@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch.nn import Module
 
+from rollout_server.drafter.quantization import DraftLinearMethod
+from rollout_server.drafter.shards import checkpoint_names, shard_names
 from rollout_server.drafter.sharing import draft_linear_methods
 
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
@@ -31,12 +33,7 @@ def requantize(drafter: Module, weights: Iterable[tuple[str, torch.Tensor]]) -> 
     if not methods:
         return 0
     packed_before = {name: method.num_packed for name, method in methods.items()}
-    try:
-        drafter.load_weights(_linear_weights(weights, drafter, methods))
-    except BaseException:
-        for method in methods.values():
-            method.drop_staging()
-        raise
+    _load(drafter, weights, methods)
     stale = sorted(
         name
         for name, method in methods.items()
@@ -47,6 +44,60 @@ def requantize(drafter: Module, weights: Iterable[tuple[str, torch.Tensor]]) -> 
             f"{len(stale)} drafter layers did not get their whole weight, first {stale[0]!r}"
         )
     return len(methods)
+
+
+def requantize_changed(drafter: Module, weights: Mapping[str, torch.Tensor]) -> int:
+    """Feed only the checkpoint tensors that a push changed; other layers stay as they are.
+
+    A fused layer (q, k, v; gate, up) of which some shards changed keeps the packed form of the
+    others. Where its kernel repacks whole layers (tensor parallelism, or a CUDA kernel with a
+    layout of its own) all of its shards must be given; nothing is changed if one is missing.
+
+    Args:
+        drafter: the vLLM draft model.
+        weights: checkpoint name to full unsharded tensor. Names that feed no quantized layer are
+            ignored: they are the target's own.
+
+    Returns:
+        Number of layers repacked, in whole or in part.
+
+    Raises:
+        ValueError: shards of a fused layer are missing, naming the layer and the shards.
+    """
+    methods = draft_linear_methods(drafter)
+    packed_modules = getattr(drafter, "packed_modules_mapping", {})
+    touched: dict[str, DraftLinearMethod] = {}
+    for name, method in methods.items():
+        wanted = shard_names(name, packed_modules)
+        if name == "lm_head" and method.is_tied:
+            wanted = frozenset({EMBEDDING_WEIGHT})
+        missing = sorted(wanted - weights.keys())
+        if len(missing) == len(wanted):
+            continue
+        if missing and not method.takes_single_shards():
+            raise ValueError(
+                f"drafter layer {name!r} is repacked as a whole on this device, and the push lacks "
+                f"{', '.join(missing)}: send all shards of a fused layer"
+            )
+        touched[name] = method
+    if touched:
+        _load(drafter, weights.items(), touched)
+    for method in touched.values():
+        method.accept_missing_shards()
+    return len(touched)
+
+
+def _load(
+    drafter: Module,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    methods: Mapping[str, DraftLinearMethod],
+) -> None:
+    try:
+        drafter.load_weights(_linear_weights(weights, drafter, methods))
+    except BaseException:
+        for method in methods.values():
+            method.drop_staging()
+        raise
 
 
 def _linear_weights(
@@ -64,19 +115,3 @@ def _linear_weights(
             head.weight.weight_loader(head.weight, tensor)
         elif name in wanted and not (is_tied and name == LM_HEAD_WEIGHT):
             yield name, tensor
-
-
-def checkpoint_names(
-    layer_names: Iterable[str], packed_modules: dict[str, list[str]]
-) -> frozenset[str]:
-    """Checkpoint tensors that make up the given layers.
-
-    Example: ``model.layers.0.self_attn.qkv_proj`` with ``{"qkv_proj": ["q_proj", ...]}`` gives
-    ``model.layers.0.self_attn.q_proj.weight``, ... and the fused name itself.
-    """
-    names: set[str] = set()
-    for layer_name in layer_names:
-        parent, _, leaf = layer_name.rpartition(".")
-        for part in (leaf, *packed_modules.get(leaf, ())):
-            names.add(f"{parent}.{part}.weight" if parent else f"{part}.weight")
-    return frozenset(names)

@@ -1,5 +1,11 @@
 """Round-to-nearest quantization of a linear layer's weight. Pure torch, no vLLM.
 
+The reference for the faster kernels of ``cpu_kernels.py`` and ``triton_quantization.py``, which
+give the same codes and scales to the last bit. For that every code is the weight *times the
+reciprocal* of its scale, the reciprocal rounded once, and ties go to the even code: what vector
+units and vLLM's own int8 kernels compute. Dividing by the scale instead differs only where that
+one rounding moves a weight across the middle of two codes (int8, bfloat16: 4 weights in 10,000).
+
 Legend: N output channels, K input channels, G groups of input channels (K / group size),
 P int32 words of packed codes (K / 8).
 """
@@ -39,9 +45,9 @@ def quantize_int8_per_channel(weight_NK: torch.Tensor) -> Int8Weight:
     scales_N1 = torch.where(largest_N1 > 0, largest_N1 / INT8_MAX, torch.ones_like(largest_N1))
     # In place on the float32 copy: the extra memory stays at one layer.
     if weight_float_NK is weight_NK:
-        weight_float_NK = weight_NK / scales_N1
+        weight_float_NK = weight_NK * scales_N1.reciprocal()
     else:
-        weight_float_NK.div_(scales_N1)
+        weight_float_NK.mul_(scales_N1.reciprocal())
     values_NK = weight_float_NK.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
     return Int8Weight(values_NK=values_NK, scales_N1=scales_N1)
 
@@ -73,6 +79,18 @@ class Fp8Weight:
     scales_N1: torch.Tensor  # float32 [N, 1]
 
 
+def check_int4_groups(num_columns: int, group_size: int) -> None:
+    """
+    Raises:
+        ValueError: K is no multiple of ``group_size``, or ``group_size`` none of 8.
+    """
+    if group_size % INT4_CODES_PER_WORD or num_columns % group_size:
+        raise ValueError(
+            f"int4 groups of {group_size} do not divide a layer's {num_columns} input channels "
+            f"(group sizes are multiples of {INT4_CODES_PER_WORD})"
+        )
+
+
 def quantize_int4_groups(
     weight_NK: torch.Tensor, *, group_size: int, symmetric: bool
 ) -> Int4Weight:
@@ -86,24 +104,22 @@ def quantize_int4_groups(
         ValueError: K is no multiple of ``group_size``, or ``group_size`` none of 8.
     """
     num_rows, num_columns = weight_NK.shape
-    if group_size % INT4_CODES_PER_WORD or num_columns % group_size:
-        raise ValueError(
-            f"int4 groups of {group_size} do not divide a layer's {num_columns} input channels "
-            f"(group sizes are multiples of {INT4_CODES_PER_WORD})"
-        )
+    check_int4_groups(num_columns, group_size)
     groups_NGS = weight_NK.to(torch.float32).view(num_rows, -1, group_size)
     zeros_NG: torch.Tensor | None = None
     if symmetric:
         span_NG = groups_NGS.abs().amax(dim=2) / 7.5
         scales_NG = torch.where(span_NG > 0, span_NG, torch.ones_like(span_NG))
-        codes_NGS = torch.round(groups_NGS / scales_NG[..., None]) + INT4_SYMMETRIC_ZERO_CODE
+        inverse_NG = scales_NG.reciprocal()
+        codes_NGS = torch.round(groups_NGS * inverse_NG[..., None]) + INT4_SYMMETRIC_ZERO_CODE
     else:
         lowest_NG = groups_NGS.amin(dim=2).clamp_(max=0)
         highest_NG = groups_NGS.amax(dim=2).clamp_(min=0)
         span_NG = (highest_NG - lowest_NG) / INT4_MAX_CODE
         scales_NG = torch.where(span_NG > 0, span_NG, torch.ones_like(span_NG))
-        zero_NG = torch.round(-lowest_NG / scales_NG)
-        codes_NGS = torch.round(groups_NGS / scales_NG[..., None]) + zero_NG[..., None]
+        inverse_NG = scales_NG.reciprocal()
+        zero_NG = torch.round(-lowest_NG * inverse_NG)
+        codes_NGS = torch.round(groups_NGS * inverse_NG[..., None]) + zero_NG[..., None]
         zeros_NG = zero_NG.to(torch.uint8)
     codes_NK = codes_NGS.clamp_(0, INT4_MAX_CODE).to(torch.uint8).view(num_rows, num_columns)
     bytes_NB = codes_NK[:, 0::2] | (codes_NK[:, 1::2] << 4)
@@ -139,7 +155,7 @@ def quantize_fp8_per_channel(weight_NK: torch.Tensor) -> Fp8Weight:
     weight_float_NK = weight_NK.to(torch.float32)
     largest_N1 = weight_float_NK.abs().amax(dim=1, keepdim=True)
     scales_N1 = torch.where(largest_N1 > 0, largest_N1 / FP8_MAX, torch.ones_like(largest_N1))
-    values_NK = (weight_float_NK / scales_N1).clamp_(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+    values_NK = (weight_float_NK * scales_N1.reciprocal()).clamp_(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
     return Fp8Weight(values_NK=values_NK, scales_N1=scales_N1)
 
 

@@ -82,7 +82,7 @@ async def test_a_drafter_costs_its_packed_weights_and_not_one_kv_block(wide_mode
     assert int4.num_kv_blocks == without.num_kv_blocks
 
     # To the byte: embeddings, norms and rotary tables are the target's own tensors.
-    assert int8.drafter_bytes == num_weights + sum(4 * n for n, _ in shapes)
+    assert int8.drafter_bytes == num_weights + sum(8 * n for n, _ in shapes)
     assert int4.drafter_bytes == sum(int4_bytes(n, k) for n, k in shapes)
     assert int8.drafter_bytes <= 0.52 * 2 * num_weights
     assert int4.drafter_bytes <= 0.29 * 2 * num_weights

@@ -8,13 +8,16 @@ over the sum) or to bfloat16 (1/256).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 
 from rollout_server.drafter.kernels.base import DraftKernel, LayerShape, UnsupportedLayerError
-from rollout_server.drafter.kernels.factory import make_draft_kernel, slow_scheme_warning
+from rollout_server.drafter.kernels.factory import (
+    AnyDraftKernel,
+    make_draft_kernel,
+    slow_scheme_warning,
+)
 from rollout_server.drafter.kernels.int4 import Int4Matmul
 from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan
 from rollout_server.drafter.schemes import (
@@ -24,7 +27,9 @@ from rollout_server.drafter.schemes import (
     dequantize_fp8,
     dequantize_int4,
     dequantize_int8,
+    quantize_fp8_per_channel,
     quantize_int4_groups,
+    quantize_int8_per_channel,
 )
 from shared.config.engine import DrafterConfig
 from shared.types import DrafterScheme
@@ -48,7 +53,7 @@ def make_kernel(
     dtype: torch.dtype,
     num_inputs: int = NUM_INPUTS,
     num_outputs: int = NUM_OUTPUTS,
-) -> DraftKernel[Any]:
+) -> AnyDraftKernel:
     plan = DrafterPlan.from_config(
         DrafterConfig.model_validate(SCHEMES[name]), DeviceAbilities(device_type="cpu")
     )
@@ -59,6 +64,18 @@ def make_kernel(
     return DraftKernel(
         quantize=partial(quantize_int4_groups, group_size=128, symmetric=symmetric),
         matmul=Int4Matmul(shape, group_size=128, symmetric=symmetric),
+    )
+
+
+def quantize(name: str, weight_NK: torch.Tensor) -> object:
+    """The reference for what a kernel must have packed."""
+    settings = DrafterConfig.model_validate(SCHEMES[name])
+    if settings.scheme is DrafterScheme.INT8:
+        return quantize_int8_per_channel(weight_NK)
+    if settings.scheme is DrafterScheme.FP8:
+        return quantize_fp8_per_channel(weight_NK)
+    return quantize_int4_groups(
+        weight_NK, group_size=settings.int4_group_size, symmetric=settings.int4_symmetric
     )
 
 
@@ -88,9 +105,8 @@ def test_a_kernel_multiplies_by_the_weight_its_quantizer_made(
     name: str, dtype: torch.dtype, with_bias: bool
 ) -> None:
     kernel = make_kernel(name, dtype)
-    weight = kernel.quantize(random_weight().to(dtype))
-    kernel.matmul.pack(weight)
-    plain = dequantize(weight)
+    kernel.pack(random_weight().to(dtype))
+    plain = dequantize(quantize(name, random_weight().to(dtype)))
     bias = torch.linspace(-3, 3, NUM_OUTPUTS).to(dtype) if with_bias else None
     for num_rows in range(1, 18):
         x = torch.randn(num_rows, NUM_INPUTS, generator=torch.Generator().manual_seed(num_rows))
@@ -129,14 +145,13 @@ def test_a_second_pack_is_used_in_the_buffers_of_the_first(name: str) -> None:
     assert not torch.equal(kernel.matmul.apply(x, None), before)
     assert [tensor.data_ptr() for tensor in kernel.matmul.tensors()] == addresses
     assert kernel.matmul.num_bytes() == num_bytes
-    # oneDNN keeps its packed weight in a handler of its own.
-    assert bool(addresses) == (name != "int8")
+    assert addresses
 
 
 @pytest.mark.parametrize(
     ("name", "bytes_per_weight"),
     [
-        ("int8", 1 + 4 / 256),
+        ("int8", 1 + 8 / 256),  # scale and compensation term
         ("int4-wna16", 0.5 + 2 / 128),
         ("int4-wna16-asymmetric", 0.5 + 2.5 / 128),
         ("fp8", 1 + 4 / 256),
@@ -144,7 +159,6 @@ def test_a_second_pack_is_used_in_the_buffers_of_the_first(name: str) -> None:
 )
 def test_bytes_are_those_of_codes_and_scales(name: str, bytes_per_weight: float) -> None:
     kernel = make_kernel(name, torch.bfloat16)
-    assert kernel.matmul.num_bytes() == 0, "nothing is held before the first pack"
     kernel.pack(random_weight())
     assert kernel.matmul.num_bytes() == NUM_OUTPUTS * NUM_INPUTS * bytes_per_weight
 
@@ -154,9 +168,9 @@ def test_int4_takes_the_largest_group_that_divides_the_layer(
     num_inputs: int, group_size: int
 ) -> None:
     kernel = make_kernel("int4", torch.bfloat16, num_inputs=num_inputs)
-    weight = kernel.quantize(torch.randn(NUM_OUTPUTS, num_inputs))
-    assert isinstance(weight, Int4Weight)
-    assert weight.group_size == group_size
+    kernel.pack(torch.randn(NUM_OUTPUTS, num_inputs))
+    *_, scales = kernel.matmul.tensors()
+    assert scales.numel() == NUM_OUTPUTS * num_inputs // group_size
     assert (kernel.note is None) == (group_size == 128)
     if kernel.note is not None:
         assert f"groups of {group_size}" in kernel.note
@@ -182,10 +196,12 @@ def test_a_layer_no_int4_kernel_takes_is_refused_with_the_reason(
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 def test_int8_and_fp8_take_any_shape_on_cpu(name: str) -> None:
     kernel = make_kernel(name, torch.bfloat16, num_inputs=77, num_outputs=45)
-    weight = kernel.quantize(torch.randn(45, 77))
-    kernel.matmul.pack(weight)
-    x = torch.randn(5, 77).to(torch.bfloat16)
-    error = largest_relative_error(kernel.matmul.apply(x, None), x.float() @ dequantize(weight).t())
+    generator = torch.Generator().manual_seed(0)
+    weight_NK = torch.randn(45, 77, generator=generator)
+    kernel.pack(weight_NK)
+    x = torch.randn(5, 77, generator=generator).to(torch.bfloat16)
+    plain = dequantize(quantize(name, weight_NK))
+    error = largest_relative_error(kernel.matmul.apply(x, None), x.float() @ plain.t())
     assert error < TOLERANCE[name]
 
 

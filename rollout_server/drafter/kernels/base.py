@@ -72,6 +72,47 @@ class DraftKernel(Generic[WeightT]):
         self.matmul.pack(self.quantize(weight_NK))
 
 
+class RowsMatmul(Protocol):
+    """A multiplication that quantizes rows of a weight straight into its own packed tensors."""
+
+    row_multiple: int
+    """Rows are replaced in blocks of this many."""
+
+    def pack_rows(self, weight_RK: torch.Tensor, first_row: int) -> None:
+        """Quantize ``weight_RK`` into the rows from ``first_row`` on; both whole blocks."""
+        ...
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x [..., K] -> [..., N]`` in ``x``'s dtype."""
+        ...
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Packed weight, scales and zero points."""
+        ...
+
+    def num_bytes(self) -> int:
+        """Memory held for the packed weight, its scales and zero points."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowsKernel:
+    """A scheme on a device, for one layer, quantizer and kernel in one. No rows depend on others:
+    a fused layer takes its shards one by one, and never exists as a whole in floating point."""
+
+    matmul: RowsMatmul
+    note: str | None = None
+    """As in ``DraftKernel``."""
+
+    def pack(self, weight_NK: torch.Tensor) -> None:
+        """Quantize this rank's complete weight [N, K] and put it in use."""
+        self.matmul.pack_rows(weight_NK, 0)
+
+    def takes_rows(self, first_row: int, num_rows: int) -> bool:
+        """Whether these rows are whole blocks."""
+        return not (first_row % self.matmul.row_multiple or num_rows % self.matmul.row_multiple)
+
+
 def num_tensor_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes of the elements of all tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

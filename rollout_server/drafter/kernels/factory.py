@@ -7,29 +7,35 @@ what is left raises ``UnsupportedLayerError``, upon which the drafter uses the t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from vllm.platforms import current_platform
 
+from rollout_server.drafter.fast_quantization import quantize_int4, quantize_int8
 from rollout_server.drafter.kernels import int4_vnni
-from rollout_server.drafter.kernels.base import DraftKernel, LayerShape, UnsupportedLayerError
+from rollout_server.drafter.kernels.base import (
+    DraftKernel,
+    LayerShape,
+    RowsKernel,
+    UnsupportedLayerError,
+)
 from rollout_server.drafter.kernels.fp8 import CutlassFp8Matmul, PlainFp8Matmul, has_fast_fp8
 from rollout_server.drafter.kernels.int4 import Int4Matmul
-from rollout_server.drafter.kernels.int4_vnni import VnniInt4Matmul
+from rollout_server.drafter.kernels.int4_rows import Int4RowsMatmul
 from rollout_server.drafter.kernels.int8 import CudaInt8Matmul, OnednnInt8Matmul
+from rollout_server.drafter.kernels.int8_rows import Int8RowsMatmul, takes_int8_rows
 from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan
-from rollout_server.drafter.schemes import (
-    quantize_fp8_per_channel,
-    quantize_int4_groups,
-    quantize_int8_per_channel,
-)
+from rollout_server.drafter.schemes import quantize_fp8_per_channel
 from shared.types import DrafterScheme
 
 INT4_GROUP_SIZES = (128, 64, 32)
 
+AnyDraftKernel = DraftKernel[Any] | RowsKernel
 
-def make_draft_kernel(plan: DrafterPlan, shape: LayerShape, device_type: str) -> DraftKernel[Any]:
+
+def make_draft_kernel(plan: DrafterPlan, shape: LayerShape, device_type: str) -> AnyDraftKernel:
     """The quantizer and kernel for one layer.
 
     Raises:
@@ -38,7 +44,7 @@ def make_draft_kernel(plan: DrafterPlan, shape: LayerShape, device_type: str) ->
     """
     if device_type not in ("cpu", "cuda"):
         raise ValueError(f"drafter.scheme {plan.scheme} has no kernel for device {device_type!r}")
-    makers: dict[DrafterScheme, Callable[[], DraftKernel[Any]]] = {
+    makers: dict[DrafterScheme, Callable[[], AnyDraftKernel]] = {
         DrafterScheme.INT8: partial(_int8, shape, device_type),
         DrafterScheme.INT4: partial(_int4, plan, shape, device_type),
         DrafterScheme.FP8: partial(_fp8, shape, device_type),
@@ -63,41 +69,43 @@ def device_abilities(device_type: str) -> DeviceAbilities:
     )
 
 
-def _int8(shape: LayerShape, device_type: str) -> DraftKernel[Any]:
+def _int8(shape: LayerShape, device_type: str) -> AnyDraftKernel:
+    if device_type == "cpu" and takes_int8_rows(shape):
+        return RowsKernel(matmul=Int8RowsMatmul(shape))
     matmul: OnednnInt8Matmul | CudaInt8Matmul
     if device_type == "cpu":
         matmul = OnednnInt8Matmul(shape)
     else:
         matmul = CudaInt8Matmul(shape, compute_capability=compute_capability(device_type))
-    return DraftKernel(quantize=quantize_int8_per_channel, matmul=matmul)
+    return DraftKernel(quantize=quantize_int8, matmul=matmul)
 
 
-def _int4(plan: DrafterPlan, shape: LayerShape, device_type: str) -> DraftKernel[Any]:
+def _int4(plan: DrafterPlan, shape: LayerShape, device_type: str) -> AnyDraftKernel:
     wanted = plan.int4_group_size
     reasons: list[str] = []
     for group_size in (size for size in INT4_GROUP_SIZES if size <= wanted):
         try:
-            matmul = _int4_matmul(plan, shape, device_type, group_size)
+            kernel = _int4_in_groups(shape, device_type, group_size, plan.int4_symmetric)
         except UnsupportedLayerError as exc:
             reasons.append(f"groups of {group_size}: {exc}")
             continue
-        quantize = partial(
-            quantize_int4_groups, group_size=group_size, symmetric=plan.int4_symmetric
-        )
         note = f"int4 groups of {group_size} ({'; '.join(reasons)})" if reasons else None
-        return DraftKernel(quantize=quantize, matmul=matmul, note=note)
+        return replace(kernel, note=note)
     raise UnsupportedLayerError("; ".join(reasons))
 
 
-def _int4_matmul(
-    plan: DrafterPlan, shape: LayerShape, device_type: str, group_size: int
-) -> Int4Matmul | VnniInt4Matmul:
+def _int4_in_groups(
+    shape: LayerShape, device_type: str, group_size: int, symmetric: bool
+) -> AnyDraftKernel:
     if device_type == "cpu" and int4_vnni.is_available():
-        return VnniInt4Matmul(shape, group_size=group_size)
-    return Int4Matmul(shape, group_size=group_size, symmetric=plan.int4_symmetric)
+        rows = Int4RowsMatmul(shape, group_size=group_size, symmetric=symmetric)
+        return RowsKernel(matmul=rows)
+    matmul = Int4Matmul(shape, group_size=group_size, symmetric=symmetric)
+    quantize = partial(quantize_int4, group_size=group_size, symmetric=symmetric)
+    return DraftKernel(quantize=quantize, matmul=matmul)
 
 
-def _fp8(shape: LayerShape, device_type: str) -> DraftKernel[Any]:
+def _fp8(shape: LayerShape, device_type: str) -> AnyDraftKernel:
     matmul_class = CutlassFp8Matmul if has_fast_fp8(device_type) else PlainFp8Matmul
     return DraftKernel(quantize=quantize_fp8_per_channel, matmul=matmul_class(shape))
 
