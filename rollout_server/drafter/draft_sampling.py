@@ -36,12 +36,22 @@ class DraftSampler:
         batch_size: int,
         vocab_size: int,
         sampled_token_ids_BJ: torch.Tensor | None,
+        unfinished_prompts: frozenset[int] = frozenset(),
     ) -> None:
-        """Args:
-        sampled_token_ids_BJ: what the step before sampled, -1 where nothing; vLLM books these
-            tokens only after drafting, and penalties must know them.
+        """
+        Args:
+            sampled_token_ids_BJ: what the step before sampled, -1 where nothing; vLLM books these
+                tokens only after drafting, and penalties must know them.
+            unfinished_prompts: requests whose prompt is prefilled in pieces and not done. Their
+                drafts are thrown away, and must not use up a seed's numbers: how a prompt is cut
+                depends on who else is in the batch.
         """
         self._sampling = sampling
+        self._generators = {
+            request: generator
+            for request, generator in sampling.generators.items()
+            if request not in unfinished_prompts
+        }
         self._rows = one_row_each(batch_size)
         self._probabilities_KBV = (
             None if sampling.all_greedy else buffer.view(num_drafts, batch_size)
@@ -79,7 +89,7 @@ class DraftSampler:
             greedy_B = None if self._is_greedy_B is None else likeliest_tokens(logits_BV)
             # Drawing overwrites its weights on CUDA: verification needs them whole.
             weights_BV = probabilities_BV.clone() if probabilities_BV.is_cuda else probabilities_BV
-            tokens_B = draw_tokens(weights_BV, self._sampling.generators)
+            tokens_B = draw_tokens(weights_BV, self._generators)
             if greedy_B is not None:
                 assert self._is_greedy_B is not None
                 tokens_B = torch.where(self._is_greedy_B, greedy_B, tokens_B)

@@ -65,7 +65,7 @@ def quantize_int4_into_blocks(
 
 
 # Without NaNs and signed zeros minima can be vectorized; the arithmetic itself stays as written.
-@numba.njit(parallel=True, cache=True, nogil=True, fastmath={"nnan", "nsz"})  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, cache=True, nogil=True, fastmath={"nnan", "nsz"})
 def _quantize_blocks(
     bits_NK: Any, shift: Any, words: Any, zeros: Any, scales: Any, symmetric: Any
 ) -> None:

@@ -17,7 +17,8 @@ reserved by the scheduler (``VllmConfig.num_lookahead_tokens``).
 Leans on (vLLM 0.32.0): ``DraftModelProposer``, its ``propose`` signature as called by
 ``GPUModelRunner.propose_draft_token_ids``, ``_update_positions_dependent_metadata``,
 ``build_per_group_and_layer_attn_metadata``, ``_determine_batch_execution_and_padding``; positions
-past the end of the context get no slot (``PADDING_SLOT_ID``).
+past the end of the context get no slot (``PADDING_SLOT_ID``); ``GPUModelRunner.input_batch`` and
+``discard_request_mask``.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ class SelfDraftProposer(DraftModelProposer):
             batch_size=batch_size,
             vocab_size=self._vocab_size,
             sampled_token_ids_BJ=self.sampled_token_ids_BJ,
+            unfinished_prompts=self._unfinished_prompts(sampling_metadata),
         )
         metadata, positions = self._before_first_pass(common_attn_metadata, num_rejected_tokens_gpu)
         cudagraph_mode, padded_size, size_across_dp = self._determine_batch_execution_and_padding(
@@ -164,6 +166,13 @@ class SelfDraftProposer(DraftModelProposer):
             drafts_BK[:, draft_index] = token_ids
         self._proposal = sampler.proposal(self._runner.input_batch.req_ids)
         return drafts_BK
+
+    def _unfinished_prompts(self, sampling: SamplingMetadata) -> frozenset[int]:
+        """Rows whose sampled token is discarded; asked for only where a seed depends on it."""
+        if not sampling.generators:
+            return frozenset()
+        discarded = self._runner.discard_request_mask.np
+        return frozenset(row for row in sampling.generators if discarded[row])
 
     def _before_first_pass(
         self, common: CommonAttentionMetadata, num_rejected_tokens: torch.Tensor | None

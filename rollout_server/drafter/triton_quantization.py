@@ -88,13 +88,13 @@ def quantize_int8_per_channel_triton(weight_NK: torch.Tensor) -> Int8Weight:
     return Int8Weight(values_NK=values_NK, scales_N1=scales_N1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _round_to_even(x: Any) -> Any:
     # 1.5 * 2**23 leaves no fraction bits in a float32 sum. Magnitudes here stay below 2**22.
     return (x + 12582912.0) - 12582912.0
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _int4_kernel(
     weight_ptr: Any,
     packed_ptr: Any,
@@ -147,7 +147,7 @@ def _int4_kernel(
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _int8_kernel(
     weight_ptr: Any, values_ptr: Any, scales_ptr: Any, num_columns: Any, COLUMNS: tl.constexpr
 ) -> None:

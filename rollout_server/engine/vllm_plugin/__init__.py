@@ -33,6 +33,7 @@ def register() -> None:
         return
     import vllm
     from vllm.platforms import current_platform
+    from vllm.v1.engine.core import EngineCore
 
     from rollout_server.engine.vllm_plugin.compatibility import (
         CPU_SYMBOLS,
@@ -40,6 +41,10 @@ def register() -> None:
         REQUIRED_SYMBOLS,
         check_compatibility,
     )
+    from rollout_server.engine.vllm_plugin.core_methods import CORE_METHODS
+
+    if hasattr(EngineCore, CORE_METHODS[0].__name__):
+        return  # patched already: plugins may be loaded more than once in a process
 
     is_cpu = current_platform.is_cpu()
     if not is_cpu:
@@ -51,17 +56,13 @@ def register() -> None:
         apply_kernel_repair()
 
     from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker import gpu_model_runner
 
     from rollout_server.drafter.proposer import SelfDraftProposer
     from rollout_server.engine.vllm_plugin import plain_steps as plain
     from rollout_server.engine.vllm_plugin import sampling_parameters as parameters
     from rollout_server.engine.vllm_plugin import speculative_steps as speculative
-    from rollout_server.engine.vllm_plugin.core_methods import CORE_METHODS
 
-    if hasattr(EngineCore, CORE_METHODS[0].__name__):
-        return  # patched already: plugins may be loaded more than once in a process
     gpu_model_runner.DraftModelProposer = SelfDraftProposer
     if not is_cpu:
         from rollout_server.engine.vllm_plugin.full_graphs import apply_cuda_patches
