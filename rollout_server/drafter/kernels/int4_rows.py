@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from rollout_server.drafter.int4_blocks import BLOCK_OUTPUTS, quantize_int4_into_blocks
 from rollout_server.drafter.kernels.base import LayerShape
-from rollout_server.drafter.kernels.int4_vnni import VnniInt4Matmul, VnniInt4Weight
+from rollout_server.drafter.kernels.int4_vnni import (
+    BLOCK_OUTPUTS,
+    VnniInt4Matmul,
+    VnniInt4Weight,
+)
 
 
 class Int4RowsMatmul(VnniInt4Matmul):
@@ -33,6 +36,10 @@ class Int4RowsMatmul(VnniInt4Matmul):
 
     def pack_rows(self, weight_RK: torch.Tensor, first_row: int) -> None:
         """Quantize ``weight_RK`` into the rows from ``first_row`` on, both multiples of 32."""
+        # Imported where it is used: as a vLLM worker starts, vLLM looks through every loaded module
+        # for kernels to replace, and trips over an object in Numba's LLVM binding.
+        from rollout_server.drafter.int4_blocks import quantize_int4_into_blocks
+
         first_block = first_row // BLOCK_OUTPUTS
         blocks = slice(first_block, first_block + weight_RK.shape[0] // BLOCK_OUTPUTS)
         quantize_int4_into_blocks(
