@@ -17,6 +17,8 @@ from shared.schemas.rollouts import SamplingOptions
 from tests.support.models import load_reference
 
 BATCH = 32
+NUCLEUS_TOLERANCE = 1e-5
+"""Totals of float32 probabilities nearer to top-p than this may fall on either side of it."""
 
 
 @lru_cache(maxsize=16)
@@ -89,6 +91,33 @@ def behaviour_logprobs(
 
     Written out from the definitions, not from vLLM's code; -inf where a token cannot be sampled.
     """
+    scores_TV = _scores_before_top_p(logits_TV, prompt, completion, sampling)
+    if sampling.top_p < 1.0:
+        ranked_TV, order_TV = scores_TV.softmax(dim=-1).sort(dim=-1, descending=True)
+        # The nucleus: the most probable tokens up to the first whose total reaches top_p.
+        outside_TV = ranked_TV.cumsum(dim=-1) - ranked_TV >= sampling.top_p
+        mask_TV = torch.zeros_like(outside_TV).scatter(1, order_TV, outside_TV)
+        scores_TV = scores_TV.masked_fill(mask_TV, float("-inf"))
+    return scores_TV.log_softmax(dim=-1)
+
+
+def nucleus_edge_is_blurred(
+    logits_TV: torch.Tensor, prompt: list[int], completion: list[int], sampling: SamplingOptions
+) -> torch.Tensor:
+    """Bool [T]: rows whose nucleus rounding decides, so that two right engines may differ.
+
+    Which rows these are depends on the tokens before them only, never on the token drawn.
+    """
+    if sampling.top_p >= 1.0:
+        return torch.zeros(logits_TV.shape[0], dtype=torch.bool)
+    scores_TV = _scores_before_top_p(logits_TV, prompt, completion, sampling)
+    totals_TV = scores_TV.softmax(dim=-1).sort(dim=-1, descending=True).values.cumsum(dim=-1)
+    return ((totals_TV - sampling.top_p).abs() < NUCLEUS_TOLERANCE).any(dim=-1)
+
+
+def _scores_before_top_p(
+    logits_TV: torch.Tensor, prompt: list[int], completion: list[int], sampling: SamplingOptions
+) -> torch.Tensor:
     scores_TV = logits_TV.clone()
     for token, bias in sampling.logit_bias.items():
         scores_TV[:, token] += bias
@@ -102,13 +131,7 @@ def behaviour_logprobs(
     if sampling.top_k:
         kth_T1 = scores_TV.topk(min(sampling.top_k, scores_TV.shape[1])).values[:, -1:]
         scores_TV = scores_TV.masked_fill(scores_TV < kth_T1, float("-inf"))
-    if sampling.top_p < 1.0:
-        ranked_TV, order_TV = scores_TV.softmax(dim=-1).sort(dim=-1, descending=True)
-        # The nucleus: the most probable tokens up to the first whose total reaches top_p.
-        outside_TV = ranked_TV.cumsum(dim=-1) - ranked_TV >= sampling.top_p
-        mask_TV = torch.zeros_like(outside_TV).scatter(1, order_TV, outside_TV)
-        scores_TV = scores_TV.masked_fill(mask_TV, float("-inf"))
-    return scores_TV.log_softmax(dim=-1)
+    return scores_TV
 
 
 def _has_penalties(sampling: SamplingOptions) -> bool:
