@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from rollout_server.drafter.lag import is_rebuild_due
 from rollout_server.engine.arguments import EngineSpec, vllm_arguments
 from rollout_server.engine.footprint import Footprint, own_footprint
 from rollout_server.engine.outputs import (
@@ -54,6 +55,7 @@ class EngineActor:
         self._spec = spec
         self._llm: Any = None
         self._current_version = 0
+        self._drafter_version = 0
 
     async def start(self) -> EngineFacts:
         """Load the model, build the drafter, warm up.
@@ -194,9 +196,13 @@ class EngineActor:
             core = self._llm.engine_core
             await core.pause_scheduler_async(mode=pause_mode.value, clear_cache=False)
             paused = clock()
-            ranks = await self._llm.collective_rpc("slipstream_load", args=(version,))
-            await self._core("slipstream_set_weight_versions", version, version)
-            self._current_version = version
+            rebuild = is_rebuild_due(
+                version, self._drafter_version, self._spec.drafter.requantize_every
+            )
+            ranks = await self._llm.collective_rpc("slipstream_load", args=(version, rebuild))
+            drafter_version = version if rebuild else self._drafter_version
+            await self._core("slipstream_set_weight_versions", version, drafter_version)
+            self._current_version, self._drafter_version = version, drafter_version
             loaded = clock()
             await core.resume_scheduler_async()
         except Exception as exc:

@@ -21,6 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
+from rollout_server.drafter.lag import is_rebuild_due
 from rollout_server.engine.vllm_plugin.drafts import DRAFTS_ATTRIBUTE
 from rollout_server.engine.vllm_plugin.settings import plugin_settings
 from rollout_server.speculation.controller import (
@@ -50,6 +51,7 @@ class _SlipstreamScheduling(Scheduler):
         settings = plugin_settings(self.vllm_config)
         self.target_version = settings.initial_weight_version
         self.drafter_version = settings.initial_weight_version
+        self._requantize_every = settings.drafter.requantize_every
         self.num_generation_tokens = 0
         self.num_prompt_tokens = 0
         self.num_preemptions = 0
@@ -68,7 +70,9 @@ class _SlipstreamScheduling(Scheduler):
             kv_cache_usage=self.kv_cache_manager.usage,
             num_running_reqs=len(self.running),
             num_waiting_reqs=len(self.waiting),
-            drafter_is_current=self.drafter_version == self.target_version,
+            drafter_is_current=not is_rebuild_due(
+                self.target_version, self.drafter_version, self._requantize_every
+            ),
         )
         decision = self.speculation_controller.decide(sample)
         self.speculation_recorder.record_step(time.time(), sample, decision)

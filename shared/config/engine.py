@@ -119,6 +119,9 @@ class DrafterConfig(SettingsModel):
     """Input channels that share a scale (scheme ``int4``)."""
     int4_symmetric: bool = True
     """Scheme ``int4``: False gives each group a zero point of its own."""
+    requantize_every: int = Field(default=1, ge=1, le=1000)
+    """Rebuild the drafter when it would be this many versions behind. 1: at every push. With more,
+    commits are shorter and samples keep their distribution; drafts may be accepted less often."""
     quantize_lm_head: bool = True
     """Quantize the LM head too; False shares the target's."""
     exclude: list[str] = Field(default_factory=list)

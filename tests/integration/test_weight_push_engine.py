@@ -92,3 +92,22 @@ async def test_a_push_that_does_not_fit_the_model_is_refused_before_anything_cha
     with pytest.raises(WeightVerificationError, match="1 tensors missing"):
         await engine.stage(99, str(segment), short)
     assert (await engine.load())["target_version"] == before["target_version"]
+
+
+async def test_a_drafter_may_lag_behind_as_far_as_it_is_allowed_to(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "start", seed=3)
+    prompts = random_prompts(4, seed=11)
+    lagging = {"scheme": "int8", "requantize_every": 2}
+    async with running_engine(path, drafter=lagging) as engine:
+        await speculate(engine, 3)
+        versions = []
+        for version in (1, 2, 3):
+            new_model = make_model(tmp_path / f"new-{version}", seed=100 + version)
+            await push(engine, new_model, version, tmp_path)
+            before = await engine.speculation(0)
+            groups = await generate(engine, prompts, greedy(24), name=f"v{version}")
+            after = await engine.speculation(0)
+            assert [g[0].token_ids for g in groups] == greedy_reference(new_model, prompts, 24)
+            assert after.num_draft_tokens > before.num_draft_tokens, "it drafts all the while"
+            versions.append((await engine.load())["drafter_version"])
+    assert versions == [0, 2, 2]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollout_server.drafter.lag import is_rebuild_due
 from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan, resolve_scheme
 from rollout_server.drafter.schemes import dequantize_int8, quantize_int8_per_channel
 from shared.config.engine import DrafterConfig
@@ -78,6 +79,17 @@ def test_auto_on_cuda_is_int4_where_the_device_has_bfloat16(
     device = {"device_type": "cuda", "compute_capability": capability}
     assert resolved(DrafterScheme.AUTO, **device) is scheme
     assert resolved(DrafterScheme.FP8, **device) is DrafterScheme.FP8
+
+
+@pytest.mark.parametrize(
+    ("target", "drafter", "every", "due"),
+    [(0, 0, 1, False), (1, 0, 1, True), (1, 0, 2, False), (2, 0, 2, True), (3, 2, 2, False),
+     (50, 0, 3, True)],
+)  # fmt: skip
+def test_a_drafter_is_rebuilt_before_it_falls_too_far_behind(
+    target: int, drafter: int, every: int, due: bool
+) -> None:
+    assert is_rebuild_due(target, drafter, every) is due
 
 
 def test_excluded_layers_and_the_shared_head_stay_the_targets() -> None:

@@ -51,8 +51,11 @@ class SlipstreamWorkerExtension:
         """Forget a staged version."""
         getattr(self, "_slipstream_staged", {}).pop(version, None)
 
-    def slipstream_load(self, version: int) -> dict[str, float]:
+    def slipstream_load(self, version: int, rebuild: bool = True) -> dict[str, float]:
         """Replace the target's weights and rebuild the drafter. Generation must be paused.
+
+        Args:
+            rebuild: False leaves the drafter as it is (``drafter.requantize_every``).
 
         Returns:
             ``load_s`` and ``requantize_s``.
@@ -71,7 +74,7 @@ class SlipstreamWorkerExtension:
             repack_experts(model)
             loaded = time.perf_counter()
             proposer = SelfDraftProposer.active
-            if proposer is not None:
+            if proposer is not None and rebuild:
                 rebuild_drafter(proposer, model, path)
         torch.accelerator.synchronize()
         finished = time.perf_counter()
