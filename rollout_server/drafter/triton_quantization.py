@@ -4,12 +4,13 @@ Same codes and scales as ``schemes.py``, to the last bit: divisions are correctl
 are not fused with the additions that follow (``enable_fp_fusion=False``), and rounding goes to the
 even code. Tested through Triton's interpreter in ``tests/unit/test_triton_quantization.py``.
 
+Kernel parameters carry no types: Triton's compiler reads annotations as code and refuses ``Any``
+(its interpreter does not look).
+
 Legend: N output channels, K input channels, G groups, P int32 words of eight codes.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -89,24 +90,24 @@ def quantize_int8_per_channel_triton(weight_NK: torch.Tensor) -> Int8Weight:
 
 
 @triton.jit
-def _round_to_even(x: Any) -> Any:
+def _round_to_even(x):  # type: ignore[no-untyped-def]
     # 1.5 * 2**23 leaves no fraction bits in a float32 sum. Magnitudes here stay below 2**22.
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def _int4_kernel(
-    weight_ptr: Any,
-    packed_ptr: Any,
-    scales_ptr: Any,
-    zeros_ptr: Any,
-    num_rows: Any,
-    num_columns: Any,
-    num_groups: Any,
+def _int4_kernel(  # type: ignore[no-untyped-def]
+    weight_ptr,
+    packed_ptr,
+    scales_ptr,
+    zeros_ptr,
+    num_rows,
+    num_columns,
+    num_groups,
     SYMMETRIC: tl.constexpr,
     GROUP_WORDS: tl.constexpr,
     ROWS: tl.constexpr,
-) -> None:
+):
     """One group of ``ROWS`` rows: tiles [ROWS, GROUP_WORDS, 8]."""
     group = tl.program_id(1)
     # 64 bits: an LM head may have more than 2**31 weights.
@@ -148,9 +149,9 @@ def _int4_kernel(
 
 
 @triton.jit
-def _int8_kernel(
-    weight_ptr: Any, values_ptr: Any, scales_ptr: Any, num_columns: Any, COLUMNS: tl.constexpr
-) -> None:
+def _int8_kernel(  # type: ignore[no-untyped-def]
+    weight_ptr, values_ptr, scales_ptr, num_columns, COLUMNS: tl.constexpr
+):
     """One row, held in registers between finding its scale and writing its codes."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)

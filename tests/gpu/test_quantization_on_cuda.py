@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rollout_server.drafter import triton_quantization
 from rollout_server.drafter.schemes import quantize_int4_groups, quantize_int8_per_channel
 
 pytestmark = pytest.mark.gpu
-
-triton_quantization = pytest.importorskip("rollout_server.drafter.triton_quantization")
 
 SHAPES = [(37, 256), (3584, 18944), (1024, 3072)]
 """(output channels, input channels)."""
