@@ -93,9 +93,11 @@ async def measure_batch(
             after.num_accepted_tokens_per_pos, before.num_accepted_tokens_per_pos, strict=True
         )
     ]
+    # An engine without a drafter decides nothing and counts no steps: it takes one per token.
+    num_steps = after.num_steps - before.num_steps or num_tokens
     return Measurement(
         tokens_per_s=batch * num_tokens / elapsed_s,
-        step_s=elapsed_s / (after.num_steps - before.num_steps),
+        step_s=elapsed_s / num_steps,
         mean_acceptance_length=1 + accepted / num_drafts if num_drafts else 0.0,
         acceptance_per_position=tuple(
             count / num_drafts for count in per_position if num_drafts and count

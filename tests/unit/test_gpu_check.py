@@ -104,8 +104,14 @@ def test_a_bar_that_was_not_measured_is_not_met() -> None:
 def test_cost_and_verification_ratios_add_up_to_the_cycle() -> None:
     # Plain: 10 ms a step. With 4 drafts: a cycle of 30 ms, 16 ms of it drafting, gives 4 tokens.
     measured: Round = {
-        (None, False): (Measurement(tokens_per_s=100.0, mean_acceptance_length=0.0), 0.0),
-        (4, True): (Measurement(tokens_per_s=4 / 0.030, mean_acceptance_length=4.0), 16.0),
+        (None, False): (
+            Measurement(tokens_per_s=100.0, step_s=0.010, mean_acceptance_length=0.0),
+            0.0,
+        ),
+        (4, True): (
+            Measurement(tokens_per_s=4 / 0.030, step_s=0.030, mean_acceptance_length=4.0),
+            16.0,
+        ),
     }
     plain, drafted = summarize(1, [measured])
     assert plain["k"] is None
