@@ -1,4 +1,4 @@
-"""Writes the figures of ``benchmarks/results/`` into the README.
+"""Writes the figures of ``benchmarks/results/`` into the README and the pages under ``docs/``.
 
 Run ``python -m benchmarks.harness.readme`` after a benchmark. Each table stands between two
 markers; ``tests/unit/test_readme_figures.py`` checks that it is what the result files say.
@@ -13,7 +13,8 @@ from typing import Any
 
 from benchmarks.harness.results import RESULTS_DIRECTORY
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "drafter.md")
 
 
 def speculation_table(document: dict[str, Any]) -> str:
@@ -71,7 +72,55 @@ def _circumstances(facts: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"speculation": speculation_table}
+def requantize_table(document: dict[str, Any]) -> str:
+    """A row per scheme; what a commit takes in a running engine below."""
+    result = document["result"]
+    lines = [
+        _row(["scheme", "seconds", "GB/s of bf16 read", "times a plain copy"]),
+        _row([":---", "---:", "---:", "---:"]),
+    ]
+    for name, side in result.items():
+        if isinstance(side, dict) and "ratio_to_copy" in side:
+            spread = _spread([side["ratio_min"], side["ratio_max"]], 2)
+            cells = [name, f"{side['seconds']:.3f}", f"{side['bytes_per_s'] / 1e9:.1f}"]
+            lines.append(_row([*cells, f"{side['ratio_to_copy']:.2f} ({spread})"]))
+    engines = "; ".join(
+        f"{scheme}: target loaded in {times['load_s']:.2f} s, drafter rebuilt in "
+        f"{times['requantize_s']:.2f} s"
+        for scheme, times in result["in_engine"].items()
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The linear weights of 450 million parameters, alternating with the copy in one run: "
+            f"median (spread). Commits in a running engine: {engines}. "
+            + _circumstances(document["circumstances"]),
+        ]
+    )
+
+
+def drafter_table(document: dict[str, Any]) -> str:
+    """Columns are the measured cycles, rows the parts of a step."""
+    points = document["result"]["points"]
+    parts: dict[str, float] = {}
+    for point in points:
+        for part, milliseconds in point["parts_ms"].items():
+            parts[part] = max(parts.get(part, 0.0), milliseconds)
+    names = sorted(parts, key=lambda part: -parts[part])
+    header = [f"{p['scheme']}, batch {p['batch']}, K = {p['k']}" for p in points]
+    lines = [_row(["ms per step", *header]), _row([":---", *["---:"] * len(points)])]
+    for name in names:
+        lines.append(_row([name, *(f"{p['parts_ms'].get(name, 0.0):.2f}" for p in points)]))
+    lines.append(_row(["all", *(f"{point['cycle_ms']:.2f}" for point in points)]))
+    return "\n".join([*lines, "", "Medians. " + _circumstances(document["circumstances"])])
+
+
+TABLES = {
+    "speculation": speculation_table,
+    "requantize": requantize_table,
+    "drafter": drafter_table,
+}
 
 
 def with_figures(text: str, results: Path = RESULTS_DIRECTORY) -> str:
@@ -94,7 +143,8 @@ def _row(cells: list[str]) -> str:
 
 
 def main() -> int:
-    README.write_text(with_figures(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_figures(page.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 

@@ -45,7 +45,7 @@ async def two_ranks(
     architecture = request.param
     model = architecture(tmp_path_factory.mktemp("two-ranks"), seed=0)
     before = {child.pid for child in psutil.Process().children(recursive=True)}
-    async with running_engine(model, engine=TWO_RANKS) as engine:
+    async with running_engine(model, engine=TWO_RANKS, drafter={"scheme": "int8"}) as engine:
         children = psutil.Process().children(recursive=True)
         started = [child for child in children if child.pid not in before]
         assert len(started) >= 3, "an engine core and two workers"

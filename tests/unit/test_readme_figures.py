@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.harness.readme import README, with_figures
+import pytest
+
+from benchmarks.harness.readme import PAGES, with_figures
 
 
 def document(ratio: float) -> dict[str, object]:
@@ -27,9 +29,10 @@ def document(ratio: float) -> dict[str, object]:
     return {"result": result, "circumstances": circumstances, "raw": raw}
 
 
-def test_readme_holds_what_the_result_files_say() -> None:
-    text = README.read_text()
-    assert "<!-- bench:speculation -->" in text
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_hold_what_the_result_files_say(page: Path) -> None:
+    text = page.read_text()
+    assert "<!-- bench:" in text
     assert with_figures(text) == text, "run: python -m benchmarks.harness.readme"
 
 
