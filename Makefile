@@ -32,8 +32,9 @@ test: lint types ## Lint, types and every test that needs no GPU
 test-fast: lint types ## Lint, types and the quick unit tests
 	$(TEST_ENV) $(BIN)/python -m pytest tests/unit -m "not gpu and not slow and not engine" $(ARGS)
 
-proof: setup ## The long tests: real engines and statistics
+proof: setup ## The long tests: real engines and statistics; writes docs/proof.md
 	PROOF=1 $(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and (slow or engine)" $(ARGS)
+	$(BIN)/python -m tests.support.proof_page
 
 lint: setup ## ruff, no changes made
 	$(BIN)/ruff check .

@@ -79,10 +79,11 @@ async def test_the_ranks_hold_one_drafter_between_them(
     ranks = await drafter_memory(two_ranks[0])
     assert len(ranks) == 2
     assert ranks[0] == ranks[1]
-    # Sharded int8 values: half on each rank. Scales of row-parallel layers are on both.
+    # Sharded int8 values: half on each rank. Scales of row-parallel layers are on both, and some
+    # kernels keep a compensation term of the same size beside each scale.
     values, scales = whole_int8_drafter_bytes(two_ranks[1])
     total = sum(rank["drafter_bytes"] for rank in ranks)
-    assert values + scales <= total <= values + 2 * scales
+    assert values + scales <= total <= values + 4 * scales
 
 
 def whole_int8_drafter_bytes(architecture: Architecture) -> tuple[int, int]:
