@@ -1,14 +1,23 @@
 """int4 round-to-nearest straight into the blocks of the CPU's int4 kernel, in one pass.
 
 The layout is described in ``kernels/int4_vnni.py``, which makes it the plain way. Compiled by
-Numba, which vLLM requires as well: one pass over the weight, on all of torch's threads, where torch
-operations make ten. Codes, sums, zero codes and scales equal the plain way's to the last bit.
+Numba, which vLLM requires as well: one pass over the weight, on as many threads as torch has, where
+torch operations make ten. Codes, sums, zero codes and scales equal the plain way's to the last bit.
+
+The threads are ours. Numba's own would set the number of OpenMP threads of the process to the cores
+its caller is bound to, which in a vLLM worker is one, and so halve the speed of the target.
 
 Legend: N output channels, K input channels, G group size, g groups (K / G).
 """
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import cycle, pairwise
+from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numba
@@ -59,21 +68,64 @@ def quantize_int4_into_blocks(
         bits_NK, shift = weight_NK.contiguous().view(torch.uint16).numpy(), 16
     else:
         bits_NK, shift = weight_NK.to(torch.float32).contiguous().view(torch.uint32).numpy(), 0
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
     words = blocks.view(torch.int32).view(torch.uint32).numpy()
-    _quantize_blocks(bits_NK, shift, words, zeros.numpy(), scales.numpy(), symmetric)
+    arrays = (bits_NK, shift, words, zeros.numpy(), scales.numpy(), symmetric)
+    num_threads = torch.get_num_threads()
+    bounds = [num_blocks * part // num_threads for part in range(num_threads + 1)]
+    parts = [
+        _threads(num_threads).submit(_quantize_blocks, first, stop, *arrays)
+        for first, stop in pairwise(bounds)
+        if first < stop
+    ]
+    for part in parts:
+        part.result()
+
+
+@lru_cache(maxsize=1)
+def _threads(num_threads: int) -> ThreadPoolExecutor:
+    """Threads on the cores that this process's computing threads are bound to, one each."""
+    cores = cycle(_bound_cores() or [None])
+    lock = Lock()
+
+    def bind() -> None:
+        with lock:
+            core = next(cores)
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+
+    return ThreadPoolExecutor(num_threads, "int4-quantizer", initializer=bind)
+
+
+def _bound_cores() -> list[int]:
+    """Cores to which single threads of this process are bound, as vLLM binds its OpenMP threads."""
+    bound: set[int] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            cores = os.sched_getaffinity(int(thread.name))
+        except OSError:  # it has ended
+            continue
+        if len(cores) == 1:
+            bound |= cores
+    return sorted(bound)
 
 
 # Without NaNs and signed zeros minima can be vectorized; the arithmetic itself stays as written.
-@numba.njit(parallel=True, cache=True, nogil=True, fastmath={"nnan", "nsz"})
+@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
 def _quantize_blocks(
-    bits_NK: Any, shift: Any, words: Any, zeros: Any, scales: Any, symmetric: Any
+    first_block: Any,
+    stop_block: Any,
+    bits_NK: Any,
+    shift: Any,
+    words: Any,
+    zeros: Any,
+    scales: Any,
+    symmetric: Any,
 ) -> None:
-    num_blocks, num_groups, _ = scales.shape
+    num_groups = scales.shape[1]
     size = bits_NK.shape[1] // num_groups
     num_fours = size // 4
     wide = np.uint32(shift)
-    for block in numba.prange(num_blocks):
+    for block in range(first_block, stop_block):
         # A group of one row, as float32 and as its bits; small enough for the first-level cache.
         values = np.empty(size, np.float32)
         value_bits = values.view(np.uint32)

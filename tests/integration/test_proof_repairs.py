@@ -26,7 +26,7 @@ from tests.support.engine import (
     wait_for_tokens,
 )
 from tests.support.judge import behaviour_logprobs, completion_logits, judge_greedy
-from tests.support.models import make_model, random_prompts
+from tests.support.models import logprob_reference, make_model, random_prompts
 from tests.support.statistics import exact_p_value
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
@@ -100,6 +100,9 @@ async def test_requests_that_waited_through_a_push_find_no_kv_of_the_old_weights
         await running
     assert judge_greedy(old, [cached], [before.token_ids]).num_wrong == 0
     assert judge_greedy(new, [cached], [after.token_ids]).num_wrong == 0
+    # A tiny model's choice may survive a stale prefix; its probabilities do not.
+    expected = logprob_reference(new, cached, after.token_ids, 1.0)
+    assert after.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 async def test_requests_preempted_after_a_push_are_computed_anew_under_the_new_weights(
@@ -122,9 +125,10 @@ async def test_requests_preempted_after_a_push_are_computed_anew_under_the_new_w
         groups = await running
         num_preemptions = (await engine.load())["num_preemptions"]
     assert num_preemptions > 0
-    # A preempted sequence continues as the new weights alone would have it: its last 20 tokens.
-    all_new = 0
+    # A preempted sequence continues as the new weights alone would have it: its last 20 tokens have
+    # their logprobs. (One that was never preempted keeps KV of the old weights, and has not.)
+    num_all_new = 0
     for prompt, (sample,) in zip(prompts, groups, strict=True):
-        context, tail = sample.token_ids[:-20], sample.token_ids[-20:]
-        all_new += judge_greedy(new, [prompt + context], [tail]).num_wrong == 0
-    assert all_new >= 1
+        expected = logprob_reference(new, prompt, sample.token_ids, 1.0)[-20:]
+        num_all_new += sample.logprobs[-20:] == pytest.approx(expected, abs=1e-4)
+    assert num_all_new >= 1

@@ -122,3 +122,17 @@ def test_the_shards_of_a_fused_layer_are_named_as_in_the_checkpoint() -> None:
         "model.layers.0.mlp.up_proj.weight",
     }
     assert shard_names("lm_head", packed_modules) == {"lm_head.weight"}
+
+
+def test_the_int4_quantizer_leaves_the_threads_of_openmp_alone() -> None:
+    # Numba's own threads would: a worker's target then ran on one core.
+    import numba
+
+    kernel = Int4RowsMatmul(
+        LayerShape(num_outputs=64, num_inputs=128, dtype=torch.bfloat16),
+        group_size=128,
+        symmetric=True,
+    )
+    kernel.pack_rows(torch.randn(64, 128, dtype=torch.bfloat16), 0)
+    with pytest.raises(ValueError, match="not initialized"):
+        numba.threading_layer()
