@@ -104,7 +104,7 @@ class DrafterScheme(StrEnum):
     """Round-to-nearest scheme of the drafter's linear layers."""
 
     AUTO = "auto"
-    """The best for the device: ``int4`` on CUDA and on CPUs with AVX-512 VNNI, else ``int8``."""
+    """The best for the device: ``int8`` on CPU, ``int4`` on CUDA."""
     INT8 = "int8"
     """W8A8: per-output-channel weights, per-token dynamic activations."""
     INT4 = "int4"

@@ -23,8 +23,6 @@ class DeviceAbilities:
     """``cpu`` or ``cuda``."""
     compute_capability: int | None = None
     """Of a CUDA device, 80 for 8.0; None where it is not known."""
-    has_cpu_int4: bool = False
-    """The CPU has the int4 kernel of ``kernels/int4_vnni.py``."""
 
 
 def resolve_scheme(scheme: DrafterScheme, device: DeviceAbilities) -> DrafterScheme:
@@ -32,10 +30,10 @@ def resolve_scheme(scheme: DrafterScheme, device: DeviceAbilities) -> DrafterSch
 
     Drafting one token for a few sequences is a matter of bytes read per weight.
 
-    - CPU with AVX-512 VNNI or AMX: int4. At the one to four sequences for which drafting pays on a
-      CPU its kernel runs at the speed of memory (``make bench-speculation``).
-    - Other CPUs: int8. oneDNN's W8A8 takes half the time of bfloat16; int4 through vLLM's WNA16
-      kernel is no faster than bfloat16 there (2048 x 8192 at batch 1: 0.60, 1.30 and 1.22 ms).
+    - CPU: int8. With AVX-512 VNNI its kernel takes 0.41 of bfloat16's time at one row, int4's 0.25
+      (2048 x 8192: 0.50, 0.29 and 1.2 ms), but attention, norms and sampling are the same for both,
+      and int8's drafts are accepted more often (``make bench-speculation``: random weights, which
+      are hard on int4; where a policy's int4 drafts are accepted nearly always, choose it).
     - CUDA from sm80: int4. Marlin and Machete run at the speed of memory, and a quarter of the
       bytes beats a half of them for as long as the batch is small, which is when we draft.
     - CUDA sm75: int8. There is no bfloat16 in hardware, which the int4 kernels compute in.
@@ -43,7 +41,7 @@ def resolve_scheme(scheme: DrafterScheme, device: DeviceAbilities) -> DrafterSch
     if scheme is not DrafterScheme.AUTO:
         return scheme
     if device.device_type != "cuda":
-        return DrafterScheme.INT4 if device.has_cpu_int4 else DrafterScheme.INT8
+        return DrafterScheme.INT8
     capability = device.compute_capability
     if capability is not None and capability < MIN_INT4_CAPABILITY:
         return DrafterScheme.INT8

@@ -61,10 +61,9 @@ def resolved(scheme: DrafterScheme, **device: object) -> DrafterScheme:
     return resolve_scheme(scheme, DeviceAbilities(**device))  # type: ignore[arg-type]
 
 
-def test_auto_on_cpu_is_int4_where_its_kernel_is_fast() -> None:
+def test_auto_on_cpu_is_int8() -> None:
     assert resolved(DrafterScheme.AUTO, device_type="cpu") is DrafterScheme.INT8
-    assert resolved(DrafterScheme.AUTO, device_type="cpu", has_cpu_int4=True) is DrafterScheme.INT4
-    assert resolved(DrafterScheme.INT8, device_type="cpu", has_cpu_int4=True) is DrafterScheme.INT8
+    assert resolved(DrafterScheme.INT4, device_type="cpu") is DrafterScheme.INT4
     assert plan().scheme is DrafterScheme.INT8
 
 

@@ -65,7 +65,6 @@ def device_abilities(device_type: str) -> DeviceAbilities:
     return DeviceAbilities(
         device_type=device_type,
         compute_capability=compute_capability(device_type),
-        has_cpu_int4=device_type == "cpu" and int4_vnni.is_available(),
     )
 
 
