@@ -36,25 +36,24 @@ def speculation_table(document: dict[str, Any]) -> str:
         f"{ratio:.3f} ({_spread(result['off_ratio_quartiles'][batch])}) at {batch}"
         for batch, ratio in result["off_ratio"].items()
     )
-    costs = "; ".join(_costs(scheme, points[batches[0], scheme, lengths[-1]]) for scheme in schemes)
+    acceptance = " and ".join(
+        _acceptance(scheme, points[batches[0], scheme, lengths[-1]]) for scheme in schemes
+    )
     repeats = len(document["raw"]["speculation"][str(batches[0])])
     off_repeats = len(next(iter(document["raw"]["off"].values())))
     lines += [
         "",
         f"Ratios to the engine without a drafter, alternating in one run: median (spread) of "
-        f"{repeats} repeats. At batch {batches[0]}: {costs} (times of a draft pass and of a "
-        f"verification against a plain step). Switched off, measured apart with {off_repeats} "
-        f"alternations of two sides ({result['off_scheme']}), median and quartiles: {off}. "
+        f"{repeats} repeats. Mean acceptance length at batch {batches[0]} and K = {lengths[-1]}: "
+        f"{acceptance}. Switched off, measured apart with {off_repeats} alternations of two sides "
+        f"({result['off_scheme']}), median and quartiles: {off}. "
         + _circumstances(document["circumstances"]),
     ]
     return "\n".join(lines)
 
 
-def _costs(scheme: str, point: dict[str, Any]) -> str:
-    return (
-        f"{scheme} accepts {point['mean_acceptance_length']:.2f} of {point['k'] + 1} at "
-        f"K = {point['k']}, c = {point['c']:.2f}, v = {point['v']:.2f}"
-    )
+def _acceptance(scheme: str, point: dict[str, Any]) -> str:
+    return f"{point['mean_acceptance_length']:.2f} of {point['k'] + 1} with {scheme}"
 
 
 def _ratio(point: dict[str, Any]) -> str:
