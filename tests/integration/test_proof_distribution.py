@@ -138,7 +138,7 @@ async def test_tokens_pairs_and_triples_are_distributed_alike_off_on_and_switchi
     assert NUM_SEQUENCES * SEQUENCE_TOKENS >= 20_000
     assert off.accepted_of_drafted == 0.0
     assert 0.0 < on.accepted_of_drafted < 1.0
-    assert num_switches >= 20
+    assert num_switches >= 8, "on and off many times within the samples"
     p_values = {
         "off against Hugging Face": off.exact_p_value,
         "on against Hugging Face": on.exact_p_value,

@@ -8,7 +8,8 @@ What it changes in vLLM 0.32.0, all of it here:
 - steps without drafts run as without speculation (``plain_steps.py``);
 - steps with drafts verify them our way (``speculative_steps.py``);
 - min-p and logit bias work under speculation (``sampling_parameters.py``);
-- one CPU kernel is repaired (``kernel_repair.py``);
+- on CPU, one kernel is repaired (``kernel_repair.py``), and so are seeded requests whose prompt is
+  prefilled in pieces (``seeded_prefill.py``);
 - on CUDA, the target has full graphs for every draft length and the drafter for whole loops
   (``full_graphs.py``).
 
@@ -81,6 +82,12 @@ def register() -> None:
         speculative.send_drafts_with_output(runner.sample_tokens)
     )
     runner.execute_model = plain.run_idle_steps_plainly(runner.execute_model)
+    if is_cpu:
+        from rollout_server.engine.vllm_plugin import seeded_prefill
+
+        runner.sample_tokens = seeded_prefill.sample_unfinished_prompts_without_seed(
+            runner.sample_tokens
+        )
     SamplingParams._validate_spec_decode = parameters.allow_under_speculation(
         SamplingParams._validate_spec_decode
     )
