@@ -74,6 +74,8 @@ class SpeculationMode(StrEnum):
     """Drafts at every step, whatever the load (for benchmarks)."""
     KV_GATE = "kv_gate"
     """Drafts a fixed length while KV-cache occupancy is below the threshold."""
+    ADAPTIVE = "adaptive"
+    """Below the threshold, the draft length that makes the most tokens per second; 0 included."""
 
 
 class SpeculationReason(StrEnum):
@@ -87,6 +89,14 @@ class SpeculationReason(StrEnum):
     """The gate wants to open but has been closed for fewer than ``min_dwell_steps``."""
     STALE_DRAFTER = "stale_drafter"
     """Target and drafter versions differ: drafting waits for the requantization."""
+    NO_ROOM = "no_room"
+    """KV slots for drafts could take blocks that plain decoding will need."""
+    PREDICTED_FASTER = "predicted_faster"
+    """The cost model expects more tokens per second of this draft length than of any other."""
+    PREDICTED_SLOWER = "predicted_slower"
+    """The cost model expects plain decoding to be fastest, or no length to be worth the switch."""
+    EXPLORING = "exploring"
+    """A draft length not tried lately is tried for a few steps."""
 
 
 class PauseMode(StrEnum):

@@ -7,14 +7,18 @@ status and speculation calls run concurrently on the actor's event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rollout_server.drafter.lag import is_rebuild_due
 from rollout_server.engine.arguments import EngineSpec, vllm_arguments
+from rollout_server.engine.calibration_key import calibration_key
+from rollout_server.engine.calibration_run import calibrate_itself
 from rollout_server.engine.footprint import Footprint, own_footprint
 from rollout_server.engine.outputs import (
     sampling_arguments,
@@ -23,14 +27,21 @@ from rollout_server.engine.outputs import (
     version_spans,
 )
 from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
+from rollout_server.speculation.calibration import CalibrationKey, find_calibration
+from rollout_server.speculation.cost_model import CostModel
+from rollout_server.speculation.steps import StepShape
 from rollout_server.weights.expectation import check_against_model, expected_tensors
 from shared.errors import EngineDeadError, EngineError, InvalidRequestError, WeightCommitError
 from shared.schemas.rollouts import SamplingOptions
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineCommitTimings, WeightManifest
-from shared.types import DrafterScheme, FinishReason, PauseMode
+from shared.types import DrafterScheme, FinishReason, PauseMode, SpeculationMode
+
+LOGGER = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 8
+SELF_CALIBRATED = "self"
+"""Name that reports give to a cost model the engine measured when it started."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +85,8 @@ class EngineActor:
             await self._core("slipstream_set_weight_versions", 0, 0)
             await self._warm_up()
             drafters = await self._llm.collective_rpc("slipstream_drafter")
+            scheme = DrafterScheme(drafters[0]["drafter_scheme"])
+            await self._calibrate(scheme)
         except Exception as exc:
             # Boundary to vLLM: whatever stopped the start is reported as one error of ours.
             raise EngineError(f"engine {self._spec.engine_id} did not start: {exc}") from exc
@@ -85,7 +98,7 @@ class EngineActor:
             max_model_len=int(config.model_config.max_model_len),
             vocab_size=int(config.model_config.get_vocab_size()),
             start_up_s=time.perf_counter() - started,
-            drafter_scheme=DrafterScheme(drafters[0]["drafter_scheme"]),
+            drafter_scheme=scheme,
             drafter_bytes=sum(rank["drafter_bytes"] for rank in drafters),
         )
 
@@ -101,6 +114,38 @@ class EngineActor:
             )
             async for _ in self._outputs(request, streaming=False):
                 pass
+
+    async def _calibrate(self, scheme: DrafterScheme) -> None:
+        """Give the scheduler the cost model of this very combination, measured here if need be."""
+        if not self._spec.drafter.enabled:
+            return
+        config = self._spec.speculation
+        place = None if config.calibration is None else Path(config.calibration)
+        calibration = find_calibration(self.calibration_key(scheme), place)
+        if calibration is not None:
+            await self.set_cost_model(calibration.cost_model, calibration.name)
+            LOGGER.info("engine %s: calibration %s", self._spec.engine_id, calibration.name)
+        elif config.mode is SpeculationMode.ADAPTIVE and config.self_calibration_s > 0:
+            model = await calibrate_itself(self, self._spec, config.self_calibration_s)
+            if model is not None:
+                await self.set_cost_model(model, SELF_CALIBRATED)
+
+    def calibration_key(self, scheme: DrafterScheme) -> CalibrationKey:
+        """What this engine's step times depend on."""
+        return calibration_key(self._spec, self._llm.vllm_config, scheme)
+
+    async def set_cost_model(self, model: CostModel, name: str) -> None:
+        """Predict step times with this model from the next step on."""
+        await self._core("slipstream_set_cost_model", model.model_dump_json(), name)
+
+    async def begin_sweep(self, draft_lengths: Sequence[int], steps_each: int) -> None:
+        """Measure steps over these draft lengths in turn until ``end_sweep``."""
+        await self._core("slipstream_begin_sweep", list(draft_lengths), steps_each)
+
+    async def end_sweep(self) -> list[tuple[StepShape, float]]:
+        """The measured steps' shapes and seconds."""
+        steps = await self._core("slipstream_end_sweep")
+        return [(StepShape(**shape), seconds) for shape, seconds in steps]
 
     def footprint(self) -> Footprint:
         """Processes and shared memory of this engine, as of now."""

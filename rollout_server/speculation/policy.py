@@ -8,15 +8,14 @@ from shared.schemas.speculation import SpeculationPatch, SpeculationPolicy
 
 def initial_policy(config: SpeculationConfig) -> SpeculationPolicy:
     """The policy engines start with."""
-    return SpeculationPolicy(
-        mode=config.mode,
-        num_speculative_tokens=config.num_speculative_tokens,
-        kv_cache_threshold=config.kv_cache_threshold,
-        kv_cache_hysteresis=config.kv_cache_hysteresis,
-        min_dwell_steps=config.min_dwell_steps,
+    return SpeculationPolicy.model_validate(
+        config.model_dump(include=set(SpeculationPolicy.model_fields))
     )
 
 
 def apply_patch(policy: SpeculationPolicy, patch: SpeculationPatch) -> SpeculationPolicy:
     """The policy with the patch's given fields in place."""
-    return policy.model_copy(update=patch.model_dump(exclude_none=True))
+    changes = patch.model_dump(exclude_none=True)
+    if patch.kv_cache_threshold is not None:
+        changes["kv_cache_threshold_tokens"] = None  # there is one threshold: the latest given
+    return policy.model_copy(update=changes)

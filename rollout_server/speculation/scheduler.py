@@ -1,11 +1,19 @@
 """vLLM scheduler that asks the speculation controller for a draft length once per step.
 
+The order within one ``schedule()``: facts are gathered and the controller decides; KV slots are
+allocated with room for exactly that many drafts, so that a step without drafts takes not one block
+more than plain decoding; the decision is confirmed with the occupancy that came of it. Where blocks
+are so few that drafts could take one that plain decoding will need, the step drafts nothing and
+drafts not yet verified are given up: speculation never causes a preemption.
+
 Also keys the prefix cache by weight version, so that KV computed under old weights is never found
 by a request that starts, or restarts, under new ones.
 
 Leans on (vLLM 0.32.0): ``Scheduler`` (CPU, where vLLM schedules synchronously) and
 ``AsyncScheduler`` (CUDA); ``Scheduler.dynamic_sd_lookup``, read once per ``schedule()`` as
 ``lookup[num_scheduled_requests]`` after KV slots were allocated;
+``Scheduler.num_lookahead_tokens``, read at every allocation; ``Request.spec_token_ids``;
+``KVCacheManager.block_pool``; ``Scheduler._free_request``;
 ``Scheduler.make_spec_decoding_stats``; ``Scheduler.update_from_output`` and
 ``update_draft_token_ids``, called after it; ``Request.cache_salt``, ``block_hashes`` and
 ``update_block_hashes``; ``Scheduler._preempt_request``.
@@ -24,23 +32,28 @@ from vllm.v1.request import Request
 from rollout_server.drafter.lag import is_rebuild_due
 from rollout_server.engine.vllm_plugin.drafts import DRAFTS_ATTRIBUTE
 from rollout_server.engine.vllm_plugin.settings import plugin_settings
-from rollout_server.speculation.controller import (
+from rollout_server.speculation.acceptance import RequestAcceptance
+from rollout_server.speculation.cost_model import CostModel
+from rollout_server.speculation.driver import SpeculationDriver
+from rollout_server.speculation.room import draft_room
+from rollout_server.speculation.step_clock import StepClock
+from rollout_server.speculation.steps import (
     EngineLoadSample,
-    SpeculationController,
+    SpeculationDecision,
+    StepShape,
 )
-from rollout_server.speculation.policy import apply_patch, initial_policy
-from rollout_server.speculation.recorder import SpeculationRecorder
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
+from shared.types import SpeculationMode
 
 
 class _DraftLengthLookup:
-    """Stands where vLLM keeps its batch-size table; indexing it makes this step's decision."""
+    """Stands where vLLM keeps its batch-size table; indexing it gives this step's decision."""
 
     def __init__(self, scheduler: _SlipstreamScheduling) -> None:
         self._scheduler = scheduler
 
     def __getitem__(self, num_scheduled_reqs: int) -> int:
-        return self._scheduler.decide_draft_length()
+        return self._scheduler.confirm_draft_length()
 
 
 class _SlipstreamScheduling(Scheduler):
@@ -55,50 +68,160 @@ class _SlipstreamScheduling(Scheduler):
         self.num_generation_tokens = 0
         self.num_prompt_tokens = 0
         self.num_preemptions = 0
-        self.speculation_controller = SpeculationController(initial_policy(settings.speculation))
-        self.speculation_recorder = SpeculationRecorder(
+        self._num_kv_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks
+        self.speculation = SpeculationDriver(
             settings.engine_id,
-            settings.speculation.history_size,
-            settings.speculation.reserved_speculative_tokens,
+            settings.speculation,
+            kv_capacity_tokens=self._num_kv_blocks * self.block_size,
         )
+        self._step_clock = StepClock()
+        self._decided: tuple[EngineLoadSample, SpeculationDecision] | None = None
+        self._request_acceptance: dict[str, RequestAcceptance] = {}
         if self.num_spec_tokens > 0:
             self.dynamic_sd_lookup = _DraftLengthLookup(self)
 
-    def decide_draft_length(self) -> int:
-        """This step's draft length, recorded."""
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        if self.num_spec_tokens == 0:
+            return super().schedule(*args, **kwargs)
+        begun_s = time.monotonic()
+        self._decide()
+        output = super().schedule(*args, **kwargs)
+        self._step_clock.begin(self._shape_of(output), begun_s)
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        now_s = time.monotonic()
+        finished = self._step_clock.finish(now_s)
+        if finished is not None:
+            self.speculation.finish_step(*finished, now_s)
+        return outputs
+
+    def _decide(self) -> None:
+        """Decide for the step about to be scheduled, and reserve slots for its drafts only."""
+        num_reqs = len(self.running)
+        max_drafts = self._room_for_drafts()
+        if max_drafts == 0:
+            self._give_up_drafts()
         sample = EngineLoadSample(
+            time_s=time.monotonic(),
             kv_cache_usage=self.kv_cache_manager.usage,
-            num_running_reqs=len(self.running),
+            num_running_reqs=num_reqs,
             num_waiting_reqs=len(self.waiting),
             drafter_is_current=not is_rebuild_due(
                 self.target_version, self.drafter_version, self._requantize_every
             ),
+            # Those still prefilling decode within a step or two, before drafts are verified.
+            num_decode_reqs=num_reqs,
+            num_kv_tokens=sum([request.num_computed_tokens for request in self.running]),
+            max_draft_tokens=max_drafts,
         )
-        decision = self.speculation_controller.decide(sample)
-        self.speculation_recorder.record_step(time.time(), sample, decision)
-        return decision.num_speculative_tokens
+        decision = self.speculation.decide(sample)
+        self._decided = sample, decision
+        self.num_lookahead_tokens = decision.num_speculative_tokens
+
+    def _room_for_drafts(self) -> int:
+        """Draft length that can take no block that plain decoding will need."""
+        limit: int = self.num_spec_tokens
+        if self.speculation.controller.policy.mode is SpeculationMode.OFF:
+            return limit  # nothing will be drafted; the reason to report is the mode
+        waiting_tokens = self.waiting.peek_request().num_tokens if self.waiting else 0
+        return draft_room(
+            limit,
+            num_free_blocks=self.kv_cache_manager.block_pool.get_num_free_blocks(),
+            block_size=self.block_size,
+            num_running_reqs=len(self.running),
+            num_waiting_tokens=waiting_tokens,
+        )
+
+    def _give_up_drafts(self) -> None:
+        for request in self.running:
+            if request.spec_token_ids:
+                request.spec_token_ids = []
+
+    def confirm_draft_length(self) -> int:
+        """This step's draft length, recorded."""
+        assert self._decided is not None, "schedule() decides before it allocates"
+        sample, decision = self._decided
+        confirmed = self.speculation.confirm(
+            sample, decision, self.kv_cache_manager.usage, time.time()
+        )
+        return confirmed.num_speculative_tokens
+
+    def _shape_of(self, output: Any) -> StepShape | None:
+        """What the scheduled step computes; None if nothing."""
+        num_reqs = len(output.num_scheduled_tokens)
+        if num_reqs == 0:
+            return None
+        verified = sum(map(len, output.scheduled_spec_decode_tokens.values()))
+        num_prefill_tokens = output.total_num_scheduled_tokens - num_reqs - verified
+        num_decode_reqs = num_reqs
+        if num_prefill_tokens:
+            # More tokens than drafts explain: somebody prefills.
+            drafts = output.scheduled_spec_decode_tokens
+            num_decode_reqs = sum(
+                tokens == 1 + len(drafts.get(request_id, ()))
+                for request_id, tokens in output.num_scheduled_tokens.items()
+            )
+            num_prefill_tokens = output.total_num_scheduled_tokens - num_decode_reqs - verified
+        assert self._decided is not None
+        return StepShape(
+            num_decode_reqs=num_decode_reqs,
+            num_verified_tokens=verified,
+            num_prefill_tokens=num_prefill_tokens,
+            num_kv_tokens=self._decided[0].num_kv_tokens,
+            num_speculative_tokens=output.num_spec_tokens_to_schedule,
+            num_drafting_reqs=num_reqs,
+        )
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        """Drafts past a request's last token would be verified for nothing: trim them."""
-        for request_id, drafts in zip(
-            draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True
+        """Drafts that cannot be, or are not worth being, verified: trim them."""
+        worthwhile = self._worthwhile_lengths(draft_token_ids)
+        for index, (request_id, drafts) in enumerate(
+            zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
         ):
             request = self.requests.get(request_id)
             if request is not None:
                 # Verification gives one token more than it has drafts.
                 del drafts[max(request.max_tokens - request.num_output_tokens - 1, 0) :]
+                if worthwhile is not None:
+                    del drafts[worthwhile[index] :]
         super().update_draft_token_ids(draft_token_ids)
+
+    def _worthwhile_lengths(self, draft_token_ids: DraftTokenIds) -> list[int] | None:
+        """Per request, how many of its drafts to verify; None: all of everybody's.
+
+        Looks at how earlier drafts of the request fared, never at the drafts themselves: trimming
+        must not depend on what was drafted, or the output would no longer be the policy's.
+        """
+        controller = self.speculation.controller
+        if not controller.policy.per_request or self._decided is None:
+            return None
+        k = max(map(len, draft_token_ids.draft_token_ids), default=0)
+        sample = self._decided[0]
+        floor = controller.min_survival(len(draft_token_ids.req_ids), sample.num_kv_tokens, k)
+        per_pos = self.speculation.acceptance_per_pos()
+        fresh = RequestAcceptance()
+        return [
+            self._request_acceptance.get(request_id, fresh).worthwhile_length(per_pos, floor, k)
+            for request_id in draft_token_ids.req_ids
+        ]
 
     def patch_speculation(self, patch: SpeculationPatch) -> None:
         """Take effect at the next step."""
-        controller = self.speculation_controller
-        controller.set_policy(apply_patch(controller.policy, patch))
+        self.speculation.patch(patch)
+
+    def set_cost_model(self, model: CostModel, name: str) -> None:
+        """Use this calibration from the next step on."""
+        self.speculation.set_cost_model(model, name)
 
     def report_speculation(self, since_step: int) -> EngineSpeculation:
-        return self.speculation_recorder.report(since_step, self.kv_cache_manager.usage)
+        return self.speculation.report(since_step, self.kv_cache_manager.usage)
 
     def set_weight_versions(self, target_version: int, drafter_version: int) -> None:
         """Called inside the pause of a commit, after target and drafter were replaced."""
+        if (target_version, drafter_version) != (self.target_version, self.drafter_version):
+            self.speculation.weights_changed()
         self.target_version = target_version
         self.drafter_version = drafter_version
         # Waiting requests will compute (all of) their KV under the new weights; running ones keep
@@ -138,7 +261,11 @@ class _SlipstreamScheduling(Scheduler):
         request_id: str,
     ) -> Any:
         if num_draft_tokens:
-            self.speculation_recorder.record_draft(num_draft_tokens, num_accepted_tokens)
+            self.speculation.count_draft(num_draft_tokens, num_accepted_tokens)
+            if self.speculation.controller.policy.per_request:
+                self._request_acceptance.setdefault(request_id, RequestAcceptance()).observe(
+                    num_draft_tokens, num_accepted_tokens
+                )
         return super().make_spec_decoding_stats(
             spec_decoding_stats,
             num_draft_tokens,
@@ -146,6 +273,10 @@ class _SlipstreamScheduling(Scheduler):
             num_invalid_spec_tokens,
             request_id,
         )
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._request_acceptance.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
 
     def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         new_token_ids, stopped = super()._update_request_with_output(request, *args, **kwargs)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from rollout_server.speculation.controller import EngineLoadSample, SpeculationDecision
+import pytest
+
 from rollout_server.speculation.recorder import SpeculationRecorder
+from rollout_server.speculation.steps import (
+    EngineLoadSample,
+    SpeculationDecision,
+    StepObservation,
+    StepShape,
+)
 from shared.types import SpeculationReason
 
 SAMPLE = EngineLoadSample(
-    kv_cache_usage=0.25, num_running_reqs=3, num_waiting_reqs=1, drafter_is_current=True
+    time_s=0.0, kv_cache_usage=0.25, num_running_reqs=3, num_waiting_reqs=1, drafter_is_current=True
 )
 ON = SpeculationDecision(num_speculative_tokens=3, reason=SpeculationReason.BELOW_THRESHOLD)
 OFF = SpeculationDecision(num_speculative_tokens=0, reason=SpeculationReason.ABOVE_THRESHOLD)
@@ -52,3 +59,28 @@ def test_acceptance_counts_include_the_bonus_token_in_the_mean_length_only() -> 
 
 def test_before_the_first_draft_the_mean_length_is_zero() -> None:
     assert SpeculationRecorder("e", 16, 4).report(0, 0.0).mean_acceptance_length == 0.0
+
+
+def test_seconds_are_counted_by_draft_length_and_predictions_against_them() -> None:
+    recorder = SpeculationRecorder("e", 16, 4)
+    plain, drafting = StepShape.steady(2, 100, 0), StepShape.steady(2, 100, 3)
+    recorder.record_finished_step(StepObservation(shape=plain, duration_s=0.5), 0.4)
+    recorder.record_finished_step(StepObservation(shape=drafting, duration_s=1.0), 1.1)
+    recorder.record_finished_step(StepObservation(shape=drafting, duration_s=2.0), None)
+    report = recorder.report(0, 0.0)
+    assert report.time_s_per_k == [0.5, 0.0, 0.0, 3.0, 0.0]
+    assert (report.num_predicted_steps, report.realised_step_s) == (2, 1.5)
+    assert report.predicted_step_s == 1.5
+    assert report.median_step_time_error == pytest.approx(0.15)
+
+
+def test_reasons_and_draft_lengths_are_counted() -> None:
+    recorder = SpeculationRecorder("e", 16, 4)
+    for decision in (ON, ON, OFF):
+        recorder.record_step(0.0, SAMPLE, decision)
+    report = recorder.report(0, 0.0)
+    assert report.num_steps_per_k == [1, 0, 0, 2, 0]
+    assert report.num_steps_per_reason == {
+        SpeculationReason.BELOW_THRESHOLD: 2,
+        SpeculationReason.ABOVE_THRESHOLD: 1,
+    }

@@ -7,8 +7,10 @@ core process. Leans on (vLLM 0.32.0):
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
+from rollout_server.speculation.cost_model import CostModel
 from shared.schemas.speculation import SpeculationPatch
 
 
@@ -38,6 +40,21 @@ def slipstream_patch_speculation(core: Any, patch_json: str) -> None:
     core.scheduler.patch_speculation(SpeculationPatch.model_validate_json(patch_json))
 
 
+def slipstream_set_cost_model(core: Any, model_json: str, name: str) -> None:
+    """Give the scheduler a ``CostModel`` as JSON, and the name it is reported by."""
+    core.scheduler.set_cost_model(CostModel.model_validate_json(model_json), name)
+
+
+def slipstream_begin_sweep(core: Any, draft_lengths: list[int], steps_each: int) -> None:
+    """Measure step times over these draft lengths, from the next step on."""
+    core.scheduler.speculation.begin_sweep(draft_lengths, steps_each)
+
+
+def slipstream_end_sweep(core: Any) -> list[tuple[dict[str, int], float]]:
+    """Stop measuring: every step's shape and seconds."""
+    return [(asdict(shape), s) for shape, s in core.scheduler.speculation.end_sweep()]
+
+
 def slipstream_set_weight_versions(core: Any, target_version: int, drafter_version: int) -> None:
     """End of a commit: one place where an engine's versions change."""
     core.scheduler.set_weight_versions(target_version, drafter_version)
@@ -48,5 +65,8 @@ CORE_METHODS = (
     slipstream_load,
     slipstream_speculation,
     slipstream_patch_speculation,
+    slipstream_set_cost_model,
+    slipstream_begin_sweep,
+    slipstream_end_sweep,
     slipstream_set_weight_versions,
 )
