@@ -126,7 +126,14 @@ class EngineActor:
             await self.set_cost_model(calibration.cost_model, calibration.name)
             LOGGER.info("engine %s: calibration %s", self._spec.engine_id, calibration.name)
         elif config.mode is SpeculationMode.ADAPTIVE and config.self_calibration_s > 0:
-            model = await calibrate_itself(self, self._spec, config.self_calibration_s)
+            model_config = self._llm.vllm_config.model_config
+            model = await calibrate_itself(
+                self,
+                self._spec,
+                vocab_size=int(model_config.get_vocab_size()),
+                max_model_len=int(model_config.max_model_len),
+                budget_s=config.self_calibration_s,
+            )
             if model is not None:
                 await self.set_cost_model(model, SELF_CALIBRATED)
 

@@ -26,8 +26,6 @@ from shared.schemas.rollouts import SamplingOptions
 
 LOGGER = logging.getLogger(__name__)
 
-PROMPT_VOCABULARY = 1000
-"""Prompts are made of this many token ids at most: any model has them."""
 MIN_STEPS = 3
 """Fewer steady steps of one kind than this are not a measurement."""
 
@@ -50,10 +48,17 @@ class LoadPoint:
     num_prompt_tokens: int
     num_tokens: int
     """Tokens each sequence generates while draft lengths take turns."""
+    vocab_size: int
+    """Prompts are made of token ids below it."""
 
 
 async def calibrate_itself(
-    engine: MeasurableEngine, spec: EngineSpec, budget_s: float
+    engine: MeasurableEngine,
+    spec: EngineSpec,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    budget_s: float,
 ) -> CostModel | None:
     """A rough model within about ``budget_s``; None if not enough was measured.
 
@@ -66,8 +71,12 @@ async def calibrate_itself(
     for num_reqs in (1, 4, 16):
         if num_reqs > spec.engine.max_num_seqs:
             break
-        load = LoadPoint(num_reqs=num_reqs, num_prompt_tokens=16, num_tokens=12 * len(lengths))
-        load = _within_context(load, spec)
+        load = LoadPoint(
+            num_reqs=num_reqs,
+            num_prompt_tokens=min(16, max_model_len // 4),
+            num_tokens=min(12 * len(lengths), max_model_len // 2),
+            vocab_size=vocab_size,
+        )
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             break
@@ -111,7 +120,7 @@ async def measure_load(
         GenerateRequest(
             request_id=f"{name}-{index}",
             prompt_token_ids=[
-                generator.randrange(PROMPT_VOCABULARY) for _ in range(load.num_prompt_tokens)
+                generator.randrange(load.vocab_size) for _ in range(load.num_prompt_tokens)
             ],
             n=1,
             sampling=sampling,
@@ -164,7 +173,9 @@ def fit(points: Sequence[CalibrationPoint]) -> tuple[CostModel, FitQuality]:
     )
 
 
-def calibration_loads(spec: EngineSpec, max_model_len: int, num_kv_tokens: int) -> list[LoadPoint]:
+def calibration_loads(
+    spec: EngineSpec, *, vocab_size: int, max_model_len: int, num_kv_tokens: int
+) -> list[LoadPoint]:
     """Batches of a thorough calibration: 1 to ``max_num_seqs`` sequences, short and long contexts.
 
     Args:
@@ -183,6 +194,7 @@ def calibration_loads(spec: EngineSpec, max_model_len: int, num_kv_tokens: int) 
                         num_reqs=num_reqs,
                         num_prompt_tokens=num_prompt_tokens,
                         num_tokens=num_tokens,
+                        vocab_size=vocab_size,
                     )
                 )
     return loads
@@ -200,11 +212,3 @@ async def measure_thoroughly(
         report(number, load)
         points += await measure_load(engine, load, draft_lengths, steps_each=6, seed=number)
     return points
-
-
-def _within_context(load: LoadPoint, spec: EngineSpec) -> LoadPoint:
-    limit = spec.model.max_model_len
-    if limit is None or load.num_prompt_tokens + load.num_tokens < limit:
-        return load
-    half = max(limit // 2 - 1, 1)
-    return LoadPoint(num_reqs=load.num_reqs, num_prompt_tokens=half, num_tokens=half)

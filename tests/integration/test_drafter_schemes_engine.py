@@ -14,7 +14,7 @@ from tests.support.models import greedy_reference, make_model, random_prompts
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 PROOF = os.environ.get("PROOF") == "1"
-LONG_FORM = ("int4-asymmetric", "none")
+LONG_FORM = ("int4-asymmetric", "fp8", "none")
 NUM_TOKENS = 40
 SCHEMES: dict[str, tuple[dict[str, Any], float]] = {
     # settings, and a floor under the share of drafts accepted

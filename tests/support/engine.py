@@ -39,11 +39,13 @@ async def running_engine(
     max_draft_length: int = MAX_DRAFT_LENGTH,
     dtype: Literal["float32", "bfloat16"] = "float32",
     worker_extension: str | None = None,
+    speculation: dict[str, Any] | None = None,
 ) -> AsyncIterator[EngineActor]:
     """Start an engine with drafts of up to ``max_draft_length`` tokens, speculation off.
 
     Args:
         worker_extension: qualified name of a class that extends ``SlipstreamWorkerExtension``.
+        speculation: more of the policy.
     """
     async with started_engine(
         model,
@@ -52,6 +54,7 @@ async def running_engine(
         max_draft_length=max_draft_length,
         dtype=dtype,
         worker_extension=worker_extension,
+        speculation=speculation,
     ) as (actor, _):
         yield actor
 
@@ -65,6 +68,7 @@ async def started_engine(
     max_draft_length: int = MAX_DRAFT_LENGTH,
     dtype: Literal["float32", "bfloat16"] = "float32",
     worker_extension: str | None = None,
+    speculation: dict[str, Any] | None = None,
 ) -> AsyncIterator[tuple[EngineActor, EngineFacts]]:
     """The same, with what the engine said of itself when it had started."""
     settings = {
@@ -79,8 +83,12 @@ async def started_engine(
         model=ModelConfig(path=str(model), dtype=dtype, max_model_len=512),
         engine=EngineConfig.model_validate({**settings, **(engine or {})}),
         drafter=DrafterConfig.model_validate(drafter or {}),
-        speculation=SpeculationConfig(
-            mode=SpeculationMode.OFF, num_speculative_tokens=max_draft_length
+        speculation=SpeculationConfig.model_validate(
+            {
+                "mode": SpeculationMode.OFF,
+                "num_speculative_tokens": max_draft_length,
+                **(speculation or {}),
+            }
         ),
         device="cpu",
     )

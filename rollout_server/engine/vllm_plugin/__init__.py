@@ -10,6 +10,7 @@ What it changes in vLLM 0.32.0, all of it here:
 - min-p and logit bias work under speculation (``sampling_parameters.py``);
 - on CPU, one kernel is repaired (``kernel_repair.py``), and so are seeded requests whose prompt is
   prefilled in pieces (``seeded_prefill.py``);
+- vLLM's processes end when they have shut down (``quick_exit.py``);
 - on CUDA, the target has full graphs for every draft length and the drafter for whole loops
   (``full_graphs.py``).
 
@@ -57,10 +58,12 @@ def register() -> None:
         apply_kernel_repair()
 
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.executor.multiproc_executor import WorkerProc
     from vllm.v1.worker import gpu_model_runner
 
     from rollout_server.drafter.proposer import SelfDraftProposer
     from rollout_server.engine.vllm_plugin import plain_steps as plain
+    from rollout_server.engine.vllm_plugin import quick_exit
     from rollout_server.engine.vllm_plugin import sampling_parameters as parameters
     from rollout_server.engine.vllm_plugin import speculative_steps as speculative
 
@@ -69,6 +72,8 @@ def register() -> None:
         from rollout_server.engine.vllm_plugin.full_graphs import apply_cuda_patches
 
         apply_cuda_patches()
+    EngineCore.shutdown = quick_exit.exit_after_clean_stop(EngineCore.shutdown)
+    WorkerProc.shutdown = quick_exit.exit_after(WorkerProc.shutdown)
     for method in CORE_METHODS:
         setattr(EngineCore, method.__name__, method)
     EngineCore.post_step = speculative.drafts_came_with_output(EngineCore.post_step)

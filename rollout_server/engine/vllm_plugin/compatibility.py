@@ -53,6 +53,9 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
     Symbol("vllm.v1.core.sched.scheduler", "Scheduler._preempt_request"),
     Symbol("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
     Symbol("vllm.v1.core.sched.scheduler", "Scheduler._update_request_with_output"),
+    Symbol("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("request",)),
+    Symbol("vllm.v1.core.sched.scheduler", "Scheduler.schedule"),
+    Symbol("vllm.v1.core.block_pool", "BlockPool.get_num_free_blocks"),
     Symbol(
         "vllm.v1.core.sched.scheduler",
         "Scheduler.make_spec_decoding_stats",
@@ -61,6 +64,8 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
     Symbol("vllm.v1.request", "Request.update_block_hashes"),
     Symbol("vllm.v1.engine.core", "EngineCore.set_weight_version"),
     Symbol("vllm.v1.engine.core", "EngineCore.post_step", ("model_executed",)),
+    Symbol("vllm.v1.engine.core", "EngineCore.shutdown"),
+    Symbol("vllm.v1.executor.multiproc_executor", "WorkerProc.shutdown"),
     Symbol(
         "vllm.v1.worker.gpu_model_runner",
         "GPUModelRunner._sample",

@@ -1,0 +1,292 @@
+"""Does the adaptive scheduler find the best draft length at every load, and on a load that changes?
+
+On a real engine with the wide model (a CPU step bound by memory traffic at one sequence and by
+arithmetic at sixteen, so that the best draft length goes from the longest to none):
+
+- *points*: at each load (sequences, context) every fixed draft length and ``adaptive`` take turns.
+  The figure is ``adaptive`` over the best fixed length, 0 included, round by round.
+- *mixed*: 128 prompts with long-tailed lengths through 16 places, so that the batch drains from 16
+  to 1 at the end: off, always on, behind the KV gate alone, and ``adaptive``.
+
+Both also say how good the predictions were: whether the cost model's choice to speculate or not was
+the measured one, and the median error of its step times. Needs a calibration of this very machine
+(``make calibrate``); without one the engine measures itself when it starts, and the result says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.harness.engines import ensure_model, running_engine
+from benchmarks.harness.results import print_last_line, write_result
+from rollout_server.engine.actor import EngineActor
+from rollout_server.engine.arguments import EngineSpec
+from rollout_server.engine.protocol import GenerateRequest
+from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
+from shared.config.speculation import SpeculationConfig
+from shared.schemas.rollouts import SamplingOptions
+from shared.schemas.speculation import SpeculationPatch
+from shared.types import SpeculationMode
+
+MAX_DRAFT_LENGTH = 4
+VOCAB_SIZE = 32000
+NUM_PLACES = 24
+MIXED_PLACES = 16
+
+
+class Load(NamedTuple):
+    """A steady load."""
+
+    num_reqs: int
+    num_prompt_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.num_reqs}x{self.num_prompt_tokens}"
+
+
+LOADS = (
+    Load(1, 32),
+    Load(2, 32),
+    Load(4, 32),
+    Load(6, 32),
+    Load(8, 32),
+    Load(12, 32),
+    Load(16, 32),
+    Load(24, 32),
+    Load(1, 768),
+    Load(4, 768),
+    Load(8, 768),
+)
+ADAPTIVE = "adaptive"
+KV_GATE_THRESHOLD = 0.15
+"""Of the mixed load's pool: about eight sequences of middling length, where the points cross."""
+OPEN_THRESHOLD = 0.95
+
+
+def side_patch(mode: SpeculationMode, length: int = MAX_DRAFT_LENGTH) -> SpeculationPatch:
+    """A whole setting: no side may inherit from the one before it."""
+    is_gate = mode is SpeculationMode.KV_GATE
+    return SpeculationPatch(
+        mode=mode,
+        num_speculative_tokens=length,
+        kv_cache_threshold=KV_GATE_THRESHOLD if is_gate else OPEN_THRESHOLD,
+    )
+
+
+MIXED_SIDES = {
+    "off": side_patch(SpeculationMode.OFF),
+    "always_2": side_patch(SpeculationMode.ALWAYS, 2),
+    "always": side_patch(SpeculationMode.ALWAYS),
+    "kv_gate": side_patch(SpeculationMode.KV_GATE),
+    ADAPTIVE: side_patch(SpeculationMode.ADAPTIVE),
+}
+POINT_SIDES = {
+    "0": MIXED_SIDES["off"],
+    **{str(k): side_patch(SpeculationMode.ALWAYS, k) for k in range(1, MAX_DRAFT_LENGTH + 1)},
+    ADAPTIVE: MIXED_SIDES[ADAPTIVE],
+}
+
+
+def engine_spec(model: Path, *, num_places: int, kv_cache_mib: int) -> EngineSpec:
+    """The engine under test."""
+    return EngineSpec(
+        engine_id=f"scheduler-{num_places}",
+        index=0,
+        model=ModelConfig(path=str(model), dtype="bfloat16", max_model_len=1024),
+        engine=EngineConfig(
+            kv_cache_memory_mib=kv_cache_mib,
+            max_num_seqs=num_places,
+            block_size=32,
+            cpu_cores=[f"0-{(os.cpu_count() or 1) - 1}"],
+        ),
+        drafter=DrafterConfig(),
+        speculation=SpeculationConfig(num_speculative_tokens=MAX_DRAFT_LENGTH),
+        device="cpu",
+    )
+
+
+async def generate_all(
+    engine: EngineActor, name: str, lengths: Sequence[int], num_prompt_tokens: int, seed: int
+) -> float:
+    """Sequences of exactly these lengths, all asked for at once; seconds until the last is done.
+
+    Prompts are distinct within a batch and the same for every side, so that after the first round
+    they come from the prefix cache and only decoding is timed.
+    """
+    generator = random.Random(seed)
+    requests = [
+        GenerateRequest(
+            request_id=f"{name}-{index}",
+            prompt_token_ids=[generator.randrange(VOCAB_SIZE) for _ in range(num_prompt_tokens)],
+            n=1,
+            sampling=SamplingOptions(temperature=1.0, max_tokens=length, ignore_eos=True),
+        )
+        for index, length in enumerate(lengths)
+    ]
+    started = time.perf_counter()
+    await asyncio.gather(*(engine.generate(request) for request in requests))
+    return time.perf_counter() - started
+
+
+async def steps_per_k(engine: EngineActor) -> list[int]:
+    return (await engine.speculation(2**62)).num_steps_per_k
+
+
+async def measure_point(
+    engine: EngineActor, load: Load, repeats: int, num_tokens: int
+) -> dict[str, Any]:
+    """All sides in turn, after one uncounted round."""
+    rounds: list[dict[str, float]] = []
+    chosen = [0] * (MAX_DRAFT_LENGTH + 1)
+    names = list(POINT_SIDES)
+    for repeat in range(repeats + 1):
+        random.Random(repeat).shuffle(names)
+        seconds: dict[str, float] = {}
+        for side in names:
+            await engine.set_speculation(POINT_SIDES[side])
+            before = await steps_per_k(engine)
+            seconds[side] = await generate_all(
+                engine,
+                f"{load.name}-{repeat}-{side}",
+                [num_tokens] * load.num_reqs,
+                load.num_prompt_tokens,
+                seed=load.num_reqs,
+            )
+            if side == ADAPTIVE and repeat > 0:
+                after = await steps_per_k(engine)
+                chosen = [c + b - a for c, a, b in zip(chosen, before, after, strict=True)]
+        if repeat > 0:
+            rounds.append(seconds)
+        rates = {side: round(load.num_reqs * num_tokens / s, 1) for side, s in seconds.items()}
+        print(f"point {load.name}, {repeat}/{repeats}: {rates}", file=sys.stderr)
+    return summarize_point(load, rounds, chosen)
+
+
+def summarize_point(
+    load: Load, rounds: Sequence[dict[str, float]], chosen: Sequence[int]
+) -> dict[str, Any]:
+    """Ratios are taken within a round, then their median."""
+    fixed = [side for side in rounds[0] if side != ADAPTIVE]
+    over_off = {
+        side: statistics.median(r["0"] / r[side] for r in rounds) for side in (*fixed, ADAPTIVE)
+    }
+    best = max(fixed, key=over_off.__getitem__)
+    to_best = [r[best] / r[ADAPTIVE] for r in rounds]
+    speculated = sum(chosen[1:]) > chosen[0]
+    return {
+        "load": load.name,
+        "best_fixed_k": int(best),
+        "best_fixed_ratio_to_off": round(over_off[best], 3),
+        "adaptive_ratio_to_off": round(over_off[ADAPTIVE], 3),
+        "ratio_to_best_fixed": round(statistics.median(to_best), 3),
+        "ratio_min": round(min(to_best), 3),
+        "ratio_max": round(max(to_best), 3),
+        "adaptive_steps_per_k": list(chosen),
+        "sign_right": speculated == (best != "0"),
+    }
+
+
+def long_tailed_lengths(num_prompts: int, mean: int, longest: int, seed: int) -> list[int]:
+    """Lognormal, as response lengths in RL are: most short, a few many times the mean."""
+    generator = random.Random(seed)
+    sigma = 1.0
+    draws = [generator.lognormvariate(0.0, sigma) for _ in range(num_prompts)]
+    scale = mean / statistics.mean(draws)
+    return [min(max(round(draw * scale), 4), longest) for draw in draws]
+
+
+async def measure_mixed(
+    engine: EngineActor, repeats: int, num_prompts: int, mean_tokens: int
+) -> dict[str, Any]:
+    """All sides in turn on the same lengths."""
+    lengths = long_tailed_lengths(num_prompts, mean_tokens, 12 * mean_tokens, seed=0)
+    rounds: list[dict[str, float]] = []
+    names = list(MIXED_SIDES)
+    for repeat in range(repeats):
+        random.Random(repeat).shuffle(names)
+        seconds: dict[str, float] = {}
+        for side in names:
+            await engine.set_speculation(MIXED_SIDES[side])
+            seconds[side] = await generate_all(
+                engine, f"mixed-{repeat}-{side}", lengths, 32, seed=repeat
+            )
+        rounds.append(seconds)
+        shown = {side: round(s, 1) for side, s in seconds.items()}
+        print(f"mixed, {repeat + 1}/{repeats}, seconds: {shown}", file=sys.stderr)
+    ratios = {side: [r["off"] / r[side] for r in rounds] for side in names}
+    beats = {
+        side: round(statistics.median(r[side] / r[ADAPTIVE] for r in rounds), 3)
+        for side in names
+        if side != ADAPTIVE
+    }
+    return {
+        **{side: round(statistics.median(values), 3) for side, values in ratios.items()},
+        "adaptive_over": beats,
+        "spread": {s: [round(min(v), 3), round(max(v), 3)] for s, v in ratios.items()},
+        "num_prompts": num_prompts,
+        "num_tokens": sum(lengths),
+        "longest": max(lengths),
+        "seconds": [{side: round(s, 2) for side, s in r.items()} for r in rounds],
+    }
+
+
+async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {"bench": "scheduler", "points": [], "mixed": {}}
+    if "points" in options.parts:
+        spec = engine_spec(model, num_places=NUM_PLACES, kv_cache_mib=1536)
+        async with running_engine(spec) as engine:
+            for load in LOADS:
+                result["points"].append(
+                    await measure_point(engine, load, options.repeats, options.num_tokens)
+                )
+            report = await engine.speculation(2**62)
+        signs = [point["sign_right"] for point in result["points"]]
+        result["prediction"] = {
+            "cost_model": report.cost_model,
+            "sign_right_share": round(sum(signs) / len(signs), 3),
+            "median_step_time_error": round(report.median_step_time_error or 0.0, 4),
+            "num_predicted_steps": report.num_predicted_steps,
+        }
+    if "mixed" in options.parts:
+        spec = engine_spec(model, num_places=MIXED_PLACES, kv_cache_mib=128)
+        async with running_engine(spec) as engine:
+            result["mixed"] = await measure_mixed(
+                engine, options.mixed_repeats, options.num_prompts, options.mean_tokens
+            )
+            report = await engine.speculation(0)
+        result["mixed"]["cost_model"] = report.cost_model
+        result["mixed"]["median_step_time_error"] = round(report.median_step_time_error or 0.0, 4)
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--parts", nargs="+", choices=["points", "mixed"], default=["points", "mixed"]
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--num-tokens", type=int, default=40)
+    parser.add_argument("--mixed-repeats", type=int, default=5)
+    parser.add_argument("--num-prompts", type=int, default=128)
+    parser.add_argument("--mean-tokens", type=int, default=40)
+    parser.add_argument("--model", type=Path, default=Path(".cache/models/wide-450m"))
+    options = parser.parse_args()
+    model = ensure_model(options.model, "wide-450m")
+    result = asyncio.run(measure(options, model))
+    write_result(result, None)
+    print_last_line(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
