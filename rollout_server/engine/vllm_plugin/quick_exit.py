@@ -15,6 +15,8 @@ import logging
 import multiprocessing
 import os
 import sys
+from multiprocessing import util
+from pathlib import Path
 from typing import Any
 
 
@@ -43,6 +45,9 @@ def exit_after(shutdown: Any) -> Any:
 def _exit_child() -> None:
     if multiprocessing.parent_process() is None:
         return  # an engine inside its user's own process
+    # What multiprocessing and Intel's OpenMP would do at exit: give back what outlives a process.
+    util._exit_function()  # type: ignore[attr-defined]
+    Path(f"/dev/shm/__KMP_REGISTERED_LIB_{os.getpid()}_{os.getuid()}").unlink(missing_ok=True)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
