@@ -8,9 +8,10 @@ of per-repeat ratios to the engine without a drafter.
 The cost of being able to speculate (``off_ratio``) is measured in a phase of its own, with many
 short alternations of just two sides, because it is small against the noise of a shared machine.
 
-For every scheme and batch size, a line through the step times over k gives the time of a draft pass
-(slope) and of a verification pass (value at k = 0), both as ratios to a plain step: ``c`` and
-``v``. With the mean acceptance length L they predict a speedup of ``L / (k c + v)``.
+A sweep per scheme (all draft lengths in turn within one batch, a few steps each, as in calibration)
+gives a cost model, and that the time of a draft pass and of a verification pass as ratios to a
+plain step: ``c`` and ``v``. With the mean acceptance length L they predict a speedup of
+``L / (k c + v)``, which stands beside the measured one.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from benchmarks.harness.engines import (
 from benchmarks.harness.results import print_last_line, write_result
 from rollout_server.engine.actor import EngineActor
 from rollout_server.engine.arguments import EngineSpec
+from rollout_server.engine.calibration_run import LoadPoint, fit, measure_load
+from rollout_server.speculation.calibration import CalibrationPoint
+from rollout_server.speculation.cost_model import CostModel
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig
 from shared.types import DrafterScheme, SpeculationMode
@@ -119,27 +123,34 @@ def ratios(rounds: Rounds, side: Side) -> list[float]:
     return [r[side].tokens_per_s / r[PLAIN].tokens_per_s for r in rounds]
 
 
-def cost_ratios(
-    rounds: Rounds, scheme: DrafterScheme, lengths: Sequence[int]
-) -> tuple[float, float]:
-    """``c`` and ``v`` of a scheme from the step times over the draft lengths above 0."""
-    plain_s = statistics.median(r[PLAIN].step_s for r in rounds)
-    step_s = [statistics.median(r[Side(scheme, k)].step_s for r in rounds) for k in lengths]
-    slope, intercept = np.polyfit(lengths, step_s, 1)
-    return float(slope / plain_s), float(intercept / plain_s)
+async def fit_costs(engine: EngineActor, batches: Sequence[int], num_tokens: int) -> CostModel:
+    """The cost model of one engine."""
+    points: list[CalibrationPoint] = []
+    lengths = range(MAX_DRAFT_LENGTH + 1)
+    for batch in batches:
+        load = LoadPoint(
+            num_reqs=batch,
+            num_prompt_tokens=NUM_PROMPT_TOKENS,
+            num_tokens=num_tokens,
+            vocab_size=VOCAB_SIZE,
+        )
+        points += await measure_load(engine, load, lengths, steps_each=4, seed=batch)
+    model, quality = fit(points)
+    print(f"costs fitted to {quality}", file=sys.stderr)
+    return model
 
 
 def summarize(
-    raw: dict[int, Rounds], off: dict[int, Rounds], scheme: DrafterScheme
+    raw: dict[int, Rounds],
+    off: dict[int, Rounds],
+    costs: dict[DrafterScheme, CostModel],
+    *,
+    scheme: DrafterScheme,
+    num_tokens: int,
 ) -> dict[str, Any]:
     """Medians and spreads; ``scheme`` null is the engine without a drafter."""
     points: list[dict[str, Any]] = []
     for batch, rounds in raw.items():
-        costs = {}
-        for other in {side.scheme for side in rounds[0]} - {None}:
-            assert other is not None
-            lengths = sorted(side.k for side in rounds[0] if side.scheme is other and side.k)
-            costs[other] = cost_ratios(rounds, other, lengths)
         for side in rounds[0]:
             values = ratios(rounds, side)
             length = statistics.median(r[side].mean_acceptance_length for r in rounds)
@@ -154,7 +165,8 @@ def summarize(
                 "mean_acceptance_length": round(length, 3),
             }
             if side.scheme is not None and side.k:
-                c, v = costs[side.scheme]
+                num_kv_tokens = batch * (NUM_PROMPT_TOKENS + num_tokens // 2)
+                c, v = costs[side.scheme].ratios(batch, num_kv_tokens, side.k)
                 per_position = zip(*(r[side].acceptance_per_position for r in rounds), strict=False)
                 point |= {
                     "acceptance_per_position": [
@@ -205,6 +217,10 @@ async def measure(options: argparse.Namespace, model: Path) -> tuple[dict[str, A
                 options.num_tokens // 2,
                 "off",
             )
+        costs = {
+            scheme: await fit_costs(engines[scheme], options.batches, 2 * options.num_tokens)
+            for scheme in schemes
+        }
     figures = {
         phase: {
             str(batch): [
@@ -215,7 +231,8 @@ async def measure(options: argparse.Namespace, model: Path) -> tuple[dict[str, A
         }
         for phase, phases in (("speculation", raw), ("off", off))
     }
-    return summarize(raw, off, schemes[0]), figures
+    result = summarize(raw, off, costs, scheme=schemes[0], num_tokens=options.num_tokens)
+    return result, figures
 
 
 def main() -> int:
