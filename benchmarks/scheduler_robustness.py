@@ -1,0 +1,301 @@
+"""What the adaptive scheduler does when the world changes under it, against never speculating.
+
+Three scenarios on a real engine with the wide model, each run with speculation off and with
+``adaptive`` in turn, on the same work:
+
+- *slow*: other processes take half of the machine from the middle on;
+- *burst*: one sequence runs alone, then 23 more arrive at once;
+- *collapse*: after a push, drafts are accepted with a chance of 0.3 (verification's verdict is
+  replaced, which only benchmarks can do), until another push mends it.
+
+Both sides make the same tokens, so they are compared by progress: for every window of 30 seconds of
+the adaptive run, the seconds that off needed for the same tokens over 30. Recovery is the time from
+the event to the last change of the draft length that followed it within ten seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.engines import ensure_model, running_engine
+from benchmarks.harness.results import print_last_line, write_result
+from benchmarks.harness.worker_probes import (
+    SERIALIZATION_VARIABLE,
+    accept_synthetically,
+    in_worker,
+)
+from benchmarks.scheduler import ADAPTIVE, MIXED_SIDES, VOCAB_SIZE, engine_spec
+from rollout_server.engine.actor import EngineActor
+from rollout_server.engine.protocol import GenerateRequest
+from shared.schemas.rollouts import SamplingOptions
+from shared.schemas.speculation import SpeculationStep
+from shared.types import SpeculationReason
+
+POLL_S = 0.1
+WINDOW_S = 30.0
+SETTLING_S = 10.0
+COLLAPSED_ACCEPTANCE = 0.3
+NUM_PROMPT_TOKENS = 32
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """One side of one scenario."""
+
+    progress: list[tuple[float, int]]
+    """Seconds since the start, tokens made until then."""
+    event_unix_s: float
+    steps: list[SpeculationStep]
+
+    @property
+    def seconds(self) -> float:
+        return self.progress[-1][0]
+
+
+class Progress:
+    """Watches how many tokens an engine has made."""
+
+    def __init__(self, engine: EngineActor) -> None:
+        self._engine = engine
+        self.points: list[tuple[float, int]] = []
+        self._looked = asyncio.Event()
+
+    async def tokens(self) -> int:
+        return int((await self._engine.load())["num_generation_tokens"])
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        started, first = time.perf_counter(), await self.tokens()
+
+        async def poll() -> None:
+            while True:
+                made = await self.tokens() - first
+                self.points.append((time.perf_counter() - started, made))
+                self._looked.set()
+                await asyncio.sleep(POLL_S)
+
+        polling = asyncio.create_task(poll())
+        try:
+            yield
+        finally:
+            polling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await polling
+            made = await self.tokens() - first
+            self.points.append((time.perf_counter() - started, made))
+
+    async def reached(self, num_tokens: int, timeout_s: float = 300.0) -> None:
+        """Wait until this many tokens have been made."""
+        async with asyncio.timeout(timeout_s):
+            while not self.points or self.points[-1][1] < num_tokens:
+                self._looked.clear()
+                await self._looked.wait()
+
+
+async def sequences(engine: EngineActor, name: str, num_reqs: int, num_tokens: int) -> None:
+    """Sequences of exactly this length, all at once."""
+    generator = random.Random(name)
+    sampling = SamplingOptions(temperature=1.0, max_tokens=num_tokens, ignore_eos=True)
+    prompts = [
+        [generator.randrange(VOCAB_SIZE) for _ in range(NUM_PROMPT_TOKENS)] for _ in range(num_reqs)
+    ]
+    await asyncio.gather(
+        *(
+            engine.generate(
+                GenerateRequest(
+                    request_id=f"{name}-{index}", prompt_token_ids=prompt, n=1, sampling=sampling
+                )
+            )
+            for index, prompt in enumerate(prompts)
+        )
+    )
+
+
+def _burn(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+@contextlib.contextmanager
+def busy_machine() -> Any:
+    """As many spinning processes as there are cores: each core is shared by two."""
+    context = multiprocessing.get_context("spawn")
+    burners = [
+        context.Process(target=_burn, args=(300.0,), daemon=True)
+        for _ in range(os.cpu_count() or 1)
+    ]
+    for burner in burners:
+        burner.start()
+    try:
+        yield
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.join(10)
+
+
+async def slow(engine: EngineActor, progress: Progress, name: str) -> float:
+    """Two sequences; the machine is shared from the middle on."""
+    work = asyncio.create_task(sequences(engine, name, 2, 700))
+    await progress.reached(700)
+    with busy_machine():
+        event = time.time()
+        await work
+    return event
+
+
+async def burst(engine: EngineActor, progress: Progress, name: str) -> float:
+    """One sequence, joined by 23."""
+    alone = asyncio.create_task(sequences(engine, f"{name}-alone", 1, 900))
+    await progress.reached(300)
+    event = time.time()
+    await sequences(engine, f"{name}-burst", 23, 100)
+    await alone
+    return event
+
+
+async def collapse(engine: EngineActor, progress: Progress, name: str) -> float:
+    """Two sequences; from the first to the second third drafts are hardly ever accepted."""
+    work = asyncio.create_task(sequences(engine, name, 2, 900))
+    await progress.reached(600)
+    await in_worker(engine, accept_synthetically, COLLAPSED_ACCEPTANCE)
+    await engine._core("slipstream_set_weight_versions", *_next_versions())
+    event = time.time()
+    await progress.reached(1200)
+    await in_worker(engine, accept_synthetically, None)
+    await engine._core("slipstream_set_weight_versions", *_next_versions())
+    await work
+    return event
+
+
+_version = 0
+
+
+def _next_versions() -> tuple[int, int]:
+    global _version
+    _version += 1
+    return _version, _version
+
+
+Scenario = Callable[[EngineActor, Progress, str], Awaitable[float]]
+SCENARIOS: dict[str, Scenario] = {"slow": slow, "burst": burst, "collapse": collapse}
+
+
+async def run_side(engine: EngineActor, scenario: str, side: str, repeat: int) -> Run:
+    await engine.set_speculation(MIXED_SIDES[side])
+    before = await engine.speculation(2**62)
+    progress = Progress(engine)
+    async with progress.watching():
+        # The same name for both sides: the same prompts.
+        event = await SCENARIOS[scenario](engine, progress, f"{scenario}-{repeat}-{side}")
+    report = await engine.speculation(before.num_steps)
+    return Run(progress=progress.points, event_unix_s=event, steps=report.history)
+
+
+def seconds_at(run: Run, tokens: float) -> float:
+    """When a run had made this many tokens, between two looks by proportion."""
+    counts = [made for _, made in run.progress]
+    right = min(max(bisect_left(counts, tokens), 1), len(counts) - 1)
+    (t0, n0), (t1, n1) = run.progress[right - 1], run.progress[right]
+    return t0 if n1 == n0 else t0 + (t1 - t0) * min(max((tokens - n0) / (n1 - n0), 0.0), 1.0)
+
+
+def tokens_at(run: Run, seconds: float) -> float:
+    times = [t for t, _ in run.progress]
+    right = min(max(bisect_left(times, seconds), 1), len(times) - 1)
+    (t0, n0), (t1, n1) = run.progress[right - 1], run.progress[right]
+    return n0 if t1 == t0 else n0 + (n1 - n0) * min(max((seconds - t0) / (t1 - t0), 0.0), 1.0)
+
+
+def worst_window(adaptive: Run, off: Run) -> float:
+    """Smallest speed over off in any window; the whole run where it is shorter than a window."""
+    length = min(WINDOW_S, adaptive.seconds)
+    worst = float("inf")
+    start = 0.0
+    while start + length <= adaptive.seconds + 1e-9:
+        first, last = tokens_at(adaptive, start), tokens_at(adaptive, start + length)
+        worst = min(worst, (seconds_at(off, last) - seconds_at(off, first)) / length)
+        start += 0.5
+    return worst
+
+
+def recovery_s(run: Run) -> float:
+    """From the event to the last change of the draft length in the seconds after it."""
+    settled = 0.0
+    length: int | None = None
+    for step in run.steps:
+        after = step.time_s - run.event_unix_s
+        if step.reason is SpeculationReason.EXPLORING:
+            continue
+        if length is not None and step.num_speculative_tokens != length and 0 < after < SETTLING_S:
+            settled = after
+        length = step.num_speculative_tokens
+    return settled
+
+
+async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
+    spec = engine_spec(model, num_places=24, kv_cache_mib=512)
+    scenarios = []
+    async with running_engine(spec) as engine:
+        await sequences(engine, "warm-up", 4, 32)
+        for name in options.scenarios:
+            runs: list[dict[str, Run]] = []
+            for repeat in range(options.repeats):
+                sides = ["off", ADAPTIVE] if repeat % 2 == 0 else [ADAPTIVE, "off"]
+                runs.append({side: await run_side(engine, name, side, repeat) for side in sides})
+                shown = {side: round(run.seconds, 1) for side, run in runs[-1].items()}
+                print(f"{name}, {repeat + 1}/{options.repeats}, seconds: {shown}", file=sys.stderr)
+            scenarios.append(summarize(name, runs))
+        report = await engine.speculation(2**62)
+    return {
+        "bench": "scheduler_robustness",
+        "cost_model": report.cost_model,
+        "scenarios": scenarios,
+    }
+
+
+def summarize(name: str, runs: Sequence[dict[str, Run]]) -> dict[str, Any]:
+    """Medians over the repeats, and the worst of all windows."""
+    ratios = [run["off"].seconds / run[ADAPTIVE].seconds for run in runs]
+    windows = [worst_window(run[ADAPTIVE], run["off"]) for run in runs]
+    return {
+        "name": name,
+        "ratio_to_off": round(statistics.median(ratios), 3),
+        "worst_window_ratio": round(statistics.median(windows), 3),
+        "worst_window_ratios": [round(window, 3) for window in windows],
+        "recovery_s": round(statistics.median(recovery_s(run[ADAPTIVE]) for run in runs), 2),
+        "seconds": [{side: round(run.seconds, 1) for side, run in r.items()} for r in runs],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scenarios", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", type=Path, default=Path(".cache/models/wide-450m"))
+    options = parser.parse_args()
+    os.environ[SERIALIZATION_VARIABLE] = "1"
+    model = ensure_model(options.model, "wide-450m")
+    result = asyncio.run(measure(options, model))
+    write_result(result, None)
+    print_last_line(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
