@@ -26,6 +26,9 @@ from shared.schemas.rollouts import SamplingOptions
 
 LOGGER = logging.getLogger(__name__)
 
+ALL_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+LONG_BATCHES = (1, 4, 8, 32, 128)
+SHORT_PROMPT, LONG_PROMPT = 32, 512
 MIN_STEPS = 3
 """Fewer steady steps of one kind than this are not a measurement."""
 
@@ -183,21 +186,21 @@ def calibration_loads(
     """
     k = spec.speculation.num_speculative_tokens
     num_tokens = 12 * (k + 1) * (k + 2) // 2  # two rounds of six steps of every draft length
-    loads = []
-    long_prompt = max_model_len - num_tokens - k - 1
-    for num_prompt_tokens in sorted({min(32, long_prompt), min(long_prompt, 1024)}):
-        for num_reqs in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256):
-            needed = num_reqs * (num_prompt_tokens + num_tokens + 2 * k)
-            if num_reqs <= spec.engine.max_num_seqs and needed <= 0.9 * num_kv_tokens:
-                loads.append(
-                    LoadPoint(
-                        num_reqs=num_reqs,
-                        num_prompt_tokens=num_prompt_tokens,
-                        num_tokens=num_tokens,
-                        vocab_size=vocab_size,
-                    )
-                )
-    return loads
+    longest = max_model_len - num_tokens - k - 1
+    # What a long context adds is one slope: a few batches show it, and their prompts take long.
+    kinds = [(min(SHORT_PROMPT, longest), ALL_BATCHES), (min(LONG_PROMPT, longest), LONG_BATCHES)]
+    return [
+        LoadPoint(
+            num_reqs=num_reqs,
+            num_prompt_tokens=num_prompt_tokens,
+            num_tokens=num_tokens,
+            vocab_size=vocab_size,
+        )
+        for num_prompt_tokens, batches in (kinds if longest > SHORT_PROMPT else kinds[:1])
+        for num_reqs in batches
+        if num_reqs <= spec.engine.max_num_seqs
+        and num_reqs * (num_prompt_tokens + num_tokens + 2 * k) <= 0.9 * num_kv_tokens
+    ]
 
 
 async def measure_thoroughly(
