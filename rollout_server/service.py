@@ -82,6 +82,7 @@ class RolloutService:
                 target_count=lambda: pool.target_count,
                 statuses=self.status_poller.statuses,
                 speculation=self.status_poller.speculation,
+                policy_of=self.live_speculation.policy_of,
             )
         )
         self.rollouts = RolloutRegistry(
