@@ -12,7 +12,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: help setup run serve test test-fast proof lint types fmt bench gpu-check clean
+.PHONY: help setup run serve calibrate test test-fast proof lint types fmt bench gpu-check clean
 
 help: ## This list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ run: setup ## Serve and train on this machine: speculation, weight pushes, plots
 
 serve: setup ## Only the rollout server (SERVE_CONFIG=...)
 	@$(BIN)/slipstream serve --config $(SERVE_CONFIG) $(ARGS)
+
+calibrate: setup ## Measure step times on this machine for the scheduler, minutes (CONFIG=..., ARGS=...)
+	@$(BIN)/slipstream calibrate --config $(CONFIG) $(ARGS)
 
 test: lint types ## Lint, types and every test that needs no GPU
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" $(ARGS)

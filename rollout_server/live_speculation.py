@@ -1,21 +1,32 @@
-"""The speculation policy in force: checks live changes, applies them to every engine, reports."""
+"""The speculation policies in force: takes live changes, applies them to the engines, reports.
+
+There is one policy for all engines, which joiners start with, and there may be engines with
+settings of their own. Those last until the next change for all, which ends them whatever it
+changes: after it every engine follows one policy again.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Mapping, Sequence
 
 from rollout_server.engine.protocol import EngineHandle, EnginePool
-from rollout_server.speculation.policy import apply_patch, initial_policy
+from rollout_server.speculation.policy import initial_policy, whole_patch
+from rollout_server.speculation_changes import (
+    describe_change_for_all,
+    describe_change_per_engine,
+    patched_policy,
+)
 from shared.config.speculation import SpeculationConfig
-from shared.errors import EngineDeadError, EngineError, InvalidRequestError
+from shared.errors import EngineDeadError, EngineError, UnknownResourceError
 from shared.schemas.speculation import (
     EngineSpeculation,
     SpeculationPatch,
     SpeculationPolicy,
     SpeculationResponse,
 )
-from shared.types import EngineState, SpeculationMode
+from shared.types import EngineState
 
 LOGGER = logging.getLogger(__name__)
 
@@ -23,47 +34,24 @@ UNREACHABLE_STATES = frozenset({EngineState.STARTING, EngineState.DEAD})
 """Engines that cannot be asked: joiners get the policy from the pool when they start."""
 
 
-def patched_policy(
-    policy: SpeculationPolicy, patch: SpeculationPatch, max_num_speculative_tokens: int
-) -> SpeculationPolicy:
-    """``policy`` with the fields of ``patch`` that are set.
+class LiveSpeculation:
+    """Owns the policies; engines follow them.
 
     Args:
-        max_num_speculative_tokens: what the engines reserved KV slots for; 0 without a drafter.
-
-    Raises:
-        InvalidRequestError: the result is impossible; names field, value and limit.
+        kv_capacity_tokens: an engine's KV slots; None while they are not known.
     """
-    new = apply_patch(policy, patch)
-    if max_num_speculative_tokens == 0:
-        if new.mode is not SpeculationMode.OFF:
-            raise InvalidRequestError(
-                f"mode {new.mode.value} needs a drafter and the engines have none "
-                "(drafter.enabled false); only off is possible",
-                param="mode",
-            )
-    elif new.num_speculative_tokens > max_num_speculative_tokens:
-        raise InvalidRequestError(
-            f"num_speculative_tokens {new.num_speculative_tokens} is above the limit of "
-            f"{max_num_speculative_tokens} (speculation.max_num_speculative_tokens at start)",
-            param="num_speculative_tokens",
-        )
-    if new.kv_cache_hysteresis > new.kv_cache_threshold:
-        at_fault = "kv_cache_threshold" if patch.kv_cache_hysteresis is None else None
-        raise InvalidRequestError(
-            f"kv_cache_hysteresis {new.kv_cache_hysteresis:g} is above kv_cache_threshold "
-            f"{new.kv_cache_threshold:g}: the gate could never open again",
-            param=at_fault or "kv_cache_hysteresis",
-        )
-    return new
 
-
-class LiveSpeculation:
-    """Owns the policy; engines follow it."""
-
-    def __init__(self, pool: EnginePool, config: SpeculationConfig) -> None:
+    def __init__(
+        self,
+        pool: EnginePool,
+        config: SpeculationConfig,
+        kv_capacity_tokens: Callable[[str], int | None] = lambda engine_id: None,
+    ) -> None:
         self._pool = pool
         self._policy = initial_policy(config)
+        self._overrides: dict[str, SpeculationPolicy] = {}
+        """Of engines with settings of their own; an id is never given to a second engine."""
+        self._kv_capacity_tokens = kv_capacity_tokens
         # Two patches at once must not reach engines in different orders.
         self._lock = asyncio.Lock()
         self._joined: set[str] = set()
@@ -71,30 +59,96 @@ class LiveSpeculation:
 
     @property
     def policy(self) -> SpeculationPolicy:
-        """What holds now, for every engine and every joiner."""
+        """What holds for every joiner, and every engine without settings of its own."""
         return self._policy
 
-    async def patch(self, patch: SpeculationPatch) -> None:
-        """Change the policy on every engine.
+    def policy_of(self, engine_id: str) -> SpeculationPolicy:
+        """What holds for this engine."""
+        return self._overrides.get(engine_id, self._policy)
 
-        An engine that dies meanwhile is skipped: its replacement starts with the new policy.
+    async def patch(
+        self,
+        patch: SpeculationPatch,
+        *,
+        engine_ids: Sequence[str] | None = None,
+        caller: str = "the server",
+    ) -> None:
+        """Change the policy of every engine, or of some.
+
+        An engine that dies meanwhile is skipped: its replacement starts with the policy for all.
+
+        Args:
+            engine_ids: engines that get settings of their own; None: every engine and joiner, and
+                whatever settings of their own engines had are ended.
+            caller: who asked, for the log.
 
         Raises:
-            InvalidRequestError: before any engine is touched.
+            UnknownResourceError: before any engine is touched: there is no such engine.
+            InvalidRequestError: likewise: the policy would be impossible.
             EngineError: an engine that lives did not take it.
         """
         # Bounded: whoever holds the lock waits for engine calls, which have timeouts.
         async with self._lock:
-            policy = patched_policy(self._policy, patch, self._pool.max_num_speculative_tokens)
-            self._policy = policy
-            engines = {engine.engine_id: engine for engine in self._reachable()}
-            engines |= {
-                engine.engine_id: engine
-                for engine in self._pool.engines()
-                if engine.engine_id in self._joined
-            }
-            whole = self._whole_policy()
-            await asyncio.gather(*(self._apply(engine, whole) for engine in engines.values()))
+            if engine_ids is None:
+                engines = self._change_all(patch, caller)
+            else:
+                engines = self._change_some(patch, engine_ids, caller)
+            await asyncio.gather(*(self._apply(engine) for engine in engines))
+
+    def _change_all(self, patch: SpeculationPatch, caller: str) -> list[EngineHandle]:
+        engines = self._known()
+        policy = self._patched(self._policy, patch, list(engines))
+        ended = {name: own for name, own in self._overrides.items() if name in engines}
+        change = describe_change_for_all(self._policy, policy, ended, list(engines))
+        LOGGER.info("speculation changed by %s: %s", caller, change)
+        self._policy = policy
+        self._overrides = {}
+        return self._with_policy(engines)
+
+    def _change_some(
+        self, patch: SpeculationPatch, engine_ids: Sequence[str], caller: str
+    ) -> list[EngineHandle]:
+        engines = self._known()
+        if unknown := [name for name in engine_ids if name not in engines]:
+            raise UnknownResourceError(
+                f"no engine {', '.join(unknown)}; there are: {', '.join(engines) or 'none'}",
+                param="engine_ids",
+            )
+        chosen = {name: engines[name] for name in engine_ids}
+        old = {name: self.policy_of(name) for name in chosen}
+        new = {name: self._patched(policy, patch, [name]) for name, policy in old.items()}
+        LOGGER.info("speculation changed by %s: %s", caller, describe_change_per_engine(old, new))
+        self._overrides = {
+            name: policy for name, policy in self._overrides.items() if name in engines
+        } | new
+        return self._with_policy(chosen)
+
+    def _patched(
+        self, policy: SpeculationPolicy, patch: SpeculationPatch, engine_ids: Sequence[str]
+    ) -> SpeculationPolicy:
+        capacities = {name: self._kv_capacity_tokens(name) for name in engine_ids}
+        return patched_policy(
+            policy,
+            patch,
+            self._pool.max_num_speculative_tokens,
+            {name: capacity for name, capacity in capacities.items() if capacity},
+        )
+
+    def _known(self) -> dict[str, EngineHandle]:
+        """Engines that are, or will be, alive."""
+        return {
+            engine.engine_id: engine
+            for engine in self._pool.engines()
+            if engine.state is not EngineState.DEAD
+        }
+
+    def _with_policy(self, engines: Mapping[str, EngineHandle]) -> list[EngineHandle]:
+        """Those to be told now; the others are told when they join."""
+        return [
+            engine
+            for name, engine in engines.items()
+            if engine.state is not EngineState.STARTING or name in self._joined
+        ]
 
     async def apply_to(self, engine: EngineHandle) -> None:
         """Give a joining engine the policy in force; called before it serves.
@@ -103,13 +157,9 @@ class LiveSpeculation:
             EngineError: the engine did not take it; it must not serve.
         """
         async with self._lock:  # bounded as in patch()
-            await engine.set_speculation(self._whole_policy())
+            await engine.set_speculation(whole_patch(self.policy_of(engine.engine_id)))
             self._joined &= {known.engine_id for known in self._pool.engines()}
             self._joined.add(engine.engine_id)
-
-    def _whole_policy(self) -> SpeculationPatch:
-        """Every field, so that an engine that missed an earlier change is right again."""
-        return SpeculationPatch.model_validate(self._policy.model_dump())
 
     async def read(self, *, since_step: int = 0, history: int | None = None) -> SpeculationResponse:
         """The policy and what every reachable engine does because of it.
@@ -129,6 +179,9 @@ class LiveSpeculation:
             ]
         return SpeculationResponse(
             policy=self._policy,
+            overrides={
+                name: self._overrides[name] for name in self._known() if name in self._overrides
+            },
             max_num_speculative_tokens=self._pool.max_num_speculative_tokens,
             engines=engines,
         )
@@ -136,9 +189,9 @@ class LiveSpeculation:
     def _reachable(self) -> list[EngineHandle]:
         return [engine for engine in self._pool.engines() if engine.state not in UNREACHABLE_STATES]
 
-    async def _apply(self, engine: EngineHandle, patch: SpeculationPatch) -> None:
+    async def _apply(self, engine: EngineHandle) -> None:
         try:
-            await engine.set_speculation(patch)
+            await engine.set_speculation(whole_patch(self.policy_of(engine.engine_id)))
         except EngineDeadError as exc:
             LOGGER.warning("engine %s missed a speculation change: %s", engine.engine_id, exc)
 

@@ -15,10 +15,11 @@ from prometheus_client.registry import Collector
 
 from rollout_server.router.accounting import SampleAccounts
 from rollout_server.router.strategy import READY_STATES
+from rollout_server.speculation_metrics import speculation_metrics
 from shared import metrics as names
 from shared.schemas.engines import EngineStatus
 from shared.schemas.rollouts import RolloutGroup
-from shared.schemas.speculation import EngineSpeculation
+from shared.schemas.speculation import EngineSpeculation, SpeculationPolicy
 from shared.types import EngineState, RewardStatus
 
 LATENCY_BUCKETS_S = (0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
@@ -36,6 +37,8 @@ class MetricSources:
     target_count: Callable[[], int]
     statuses: Callable[[], Sequence[EngineStatus]]
     speculation: Callable[[], Sequence[EngineSpeculation]]
+    policy_of: Callable[[str], SpeculationPolicy]
+    """By engine id."""
 
 
 class ServiceMetrics:
@@ -145,7 +148,7 @@ class _SourcesCollector(Collector):
         ):
             yield CounterMetricFamily(name, text, value=value)
         yield from _engine_metrics(statuses)
-        yield from _speculation_metrics(sources.speculation())
+        yield from speculation_metrics(sources.speculation(), sources.policy_of)
 
 
 def _engine_metrics(statuses: Sequence[EngineStatus]) -> Iterator[Metric]:
@@ -178,24 +181,4 @@ def _engine_metrics(statuses: Sequence[EngineStatus]) -> Iterator[Metric]:
         counter = CounterMetricFamily(name, text, labels=names.ENGINE_LABELS)
         for status in statuses:
             counter.add_metric([status.engine_id], read(status))
-        yield counter
-
-
-def _speculation_metrics(reports: Sequence[EngineSpeculation]) -> Iterator[Metric]:
-    gauge = GaugeMetricFamily(
-        names.ENGINE_SPECULATIVE_TOKENS, "Draft length now.", labels=names.ENGINE_LABELS
-    )
-    for report in reports:
-        gauge.add_metric([report.engine_id], report.num_speculative_tokens)
-    yield gauge
-    counters: tuple[tuple[str, str, Callable[[EngineSpeculation], float]], ...] = (
-        (names.ENGINE_DRAFTS, "Drafts.", lambda r: r.num_drafts),
-        (names.ENGINE_DRAFT_TOKENS, "Drafted tokens.", lambda r: r.num_draft_tokens),
-        (names.ENGINE_ACCEPTED_TOKENS, "Accepted draft tokens.", lambda r: r.num_accepted_tokens),
-        (names.ENGINE_SPECULATION_SWITCHES, "Speculation switches.", lambda r: r.num_switches),
-    )
-    for name, text, read in counters:
-        counter = CounterMetricFamily(name, text, labels=names.ENGINE_LABELS)
-        for report in reports:
-            counter.add_metric([report.engine_id], read(report))
         yield counter

@@ -54,7 +54,11 @@ class RolloutService:
         self._pool = pool
         self._scoring = scoring
         self._coordinator = coordinator
-        self.live_speculation = LiveSpeculation(pool, config.speculation)
+        self.live_speculation = LiveSpeculation(
+            pool,
+            config.speculation,
+            kv_capacity_tokens=lambda engine_id: self.status_poller.kv_capacity_tokens(engine_id),
+        )
         self.router = Router(
             pool,
             max_pending_samples=server.limits.max_pending_samples,
@@ -78,6 +82,7 @@ class RolloutService:
                 target_count=lambda: pool.target_count,
                 statuses=self.status_poller.statuses,
                 speculation=self.status_poller.speculation,
+                policy_of=self.live_speculation.policy_of,
             )
         )
         self.rollouts = RolloutRegistry(

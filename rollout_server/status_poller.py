@@ -74,6 +74,11 @@ class StatusPoller:
         status = self._statuses.get(engine_id)
         return 0.0 if status is None else status.kv_cache_usage
 
+    def kv_capacity_tokens(self, engine_id: str) -> int | None:
+        """KV slots; None before the first poll."""
+        status = self._statuses.get(engine_id)
+        return None if status is None else status.num_kv_blocks * status.block_size
+
     async def _run(self) -> None:
         while True:
             engines = {engine.engine_id: engine for engine in self._pool.engines()}

@@ -18,7 +18,7 @@ from shared.schemas.base import ErrorResponse
 from shared.schemas.completions import CompletionRequest
 from shared.schemas.engines import ScaleRequest
 from shared.schemas.rollouts import RolloutRequest
-from shared.schemas.speculation import SpeculationPatch
+from shared.schemas.speculation import SpeculationChange
 from shared.schemas.weights import PublishRequest
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -29,7 +29,7 @@ _BODY_MODELS: tuple[type[BaseModel], ...] = (
     CompletionRequest,
     PublishRequest,
     ScaleRequest,
-    SpeculationPatch,
+    SpeculationChange,
     ErrorResponse,
 )
 

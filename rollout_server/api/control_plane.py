@@ -9,14 +9,21 @@ from fastapi import APIRouter, Query, Request, Response
 from rollout_server.api.bodies import body_of, json_response, read_body
 from rollout_server.api.dependencies import Service
 from rollout_server.status_poller import NO_HISTORY_STEP
+from shared.schemas.base import ErrorResponse
 from shared.schemas.engines import EnginesResponse, ScaleRequest
-from shared.schemas.speculation import SpeculationPatch, SpeculationResponse
+from shared.schemas.speculation import SpeculationChange, SpeculationResponse
 from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
 
 router = APIRouter(tags=["control"])
 
-SinceStep = Annotated[int, Query(ge=0, le=NO_HISTORY_STEP)]
-History = Annotated[int | None, Query(ge=0, le=1_000_000)]
+SinceStep = Annotated[
+    int,
+    Query(ge=0, le=NO_HISTORY_STEP, description="Only decisions after this step of an engine."),
+]
+History = Annotated[
+    int | None,
+    Query(ge=0, le=1_000_000, description="At most this many of each engine's latest decisions."),
+]
 
 
 @router.get("/v1/weights", response_model=None, responses={200: {"model": WeightsResponse}})
@@ -58,7 +65,11 @@ async def put_engines(request: Request, service: Service) -> Response:
 async def get_speculation(
     service: Service, since_step: SinceStep = 0, history: History = None
 ) -> Response:
-    """The policy in force, and what every engine does because of it and why."""
+    """The policy in force, engines with settings of their own, and what every engine does and why.
+
+    Each engine's `history` has its recorded decisions with what went into them and the reason:
+    every change of the draft length, and samples in between.
+    """
     return json_response(
         await service.live_speculation.read(since_step=since_step, history=history)
     )
@@ -67,10 +78,25 @@ async def get_speculation(
 @router.patch(
     "/v1/speculation",
     response_model=None,
-    responses={200: {"model": SpeculationResponse}},
-    openapi_extra=body_of(SpeculationPatch),
+    responses={200: {"model": SpeculationResponse}, 404: {"model": ErrorResponse}},
+    openapi_extra=body_of(SpeculationChange),
 )
 async def patch_speculation(request: Request, service: Service) -> Response:
-    """Change the policy live, on every engine and for every joiner."""
-    await service.live_speculation.patch(await read_body(request, SpeculationPatch))
-    return json_response(await service.live_speculation.read(since_step=NO_HISTORY_STEP))
+    """Change the policy live: it holds from an engine's next step on.
+
+    Without `engine_ids` the change is for every engine and for those that join later, and engines
+    with settings of their own go back to the policy for all. With `engine_ids` these engines get
+    settings of their own, which last until the next change for all. An impossible change, or an
+    unknown engine (404), is refused before any engine is touched. The answer is that of `GET`,
+    without history.
+    """
+    change = await read_body(request, SpeculationChange)
+    live = service.live_speculation
+    await live.patch(change.patch, engine_ids=change.engine_ids, caller=caller_of(request))
+    return json_response(await live.read(since_step=NO_HISTORY_STEP))
+
+
+def caller_of(request: Request) -> str:
+    """Who asked, as the log shall name it."""
+    address = request.client.host if request.client is not None else "an unknown address"
+    return f"request {request.state.request_id} from {address}"

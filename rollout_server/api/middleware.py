@@ -35,6 +35,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id.decode()  # for what routes log
         started_s = monotonic()
         status = 0
 

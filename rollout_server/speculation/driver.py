@@ -51,6 +51,7 @@ class SpeculationDriver:
         self._tried = [0] * num_positions
         self._accepted = [0] * num_positions
         self._sweep: Sweep | None = None
+        self._unconfirmed: tuple[EngineLoadSample, SpeculationDecision] | None = None
         self._trace: TraceWriter | None = None
         if config.trace_directory is not None:
             self._trace = TraceWriter(Path(config.trace_directory) / f"{engine_id}.jsonl")
@@ -69,7 +70,10 @@ class SpeculationDriver:
         """Before the step's KV slots are allocated: what to reserve them for."""
         if self._sweep is not None:
             return self._sweep.decide(sample)
-        return self.controller.decide(sample)
+        self._trace_unconfirmed()
+        decision = self.controller.decide(sample)
+        self._unconfirmed = sample, decision
+        return decision
 
     def confirm(
         self,
@@ -81,6 +85,7 @@ class SpeculationDriver:
         """After they were: what the step does."""
         if self._sweep is not None:
             return decision
+        self._unconfirmed = None
         confirmed = self.controller.confirm(decision, kv_cache_usage)
         if self._trace is not None:
             self._trace.write_step(sample, decision, kv_cache_usage, confirmed)
@@ -109,6 +114,7 @@ class SpeculationDriver:
         if self._sweep is not None:
             self._sweep.observe(shape, duration_s)
             return
+        self._trace_unconfirmed()
         expected_s = self.controller.observe(observation, time_s)
         self.recorder.record_finished_step(observation, expected_s)
         if self._trace is not None:
@@ -116,6 +122,7 @@ class SpeculationDriver:
 
     def patch(self, patch: SpeculationPatch) -> None:
         """Take effect at the next step."""
+        self._trace_unconfirmed()
         policy = apply_patch(self.controller.policy, patch)
         self.controller.set_policy(policy)
         if self._trace is not None:
@@ -123,6 +130,7 @@ class SpeculationDriver:
 
     def set_cost_model(self, model: CostModel, name: str) -> None:
         """Use this calibration from the next step on."""
+        self._trace_unconfirmed()
         self.controller.set_cost_model(model)
         self._cost_model_name = name
         if self._trace is not None:
@@ -140,9 +148,16 @@ class SpeculationDriver:
 
     def weights_changed(self) -> None:
         """Target or drafter was replaced."""
+        self._trace_unconfirmed()
         self.controller.weights_changed()
         if self._trace is not None:
             self._trace.write(TraceWeights())
+
+    def _trace_unconfirmed(self) -> None:
+        """Record a decision whose step scheduled nothing: it moved the controller all the same."""
+        if self._trace is not None and self._unconfirmed is not None:
+            self._trace.write_step(*self._unconfirmed, None, None)
+        self._unconfirmed = None
 
     def acceptance_per_pos(self) -> Sequence[float]:
         """Conditional acceptance, [max_num_speculative_tokens]."""

@@ -19,3 +19,14 @@ def apply_patch(policy: SpeculationPolicy, patch: SpeculationPatch) -> Speculati
     if patch.kv_cache_threshold is not None:
         changes["kv_cache_threshold_tokens"] = None  # there is one threshold: the latest given
     return policy.model_copy(update=changes)
+
+
+def whole_patch(policy: SpeculationPolicy) -> SpeculationPatch:
+    """Every field, so that an engine that missed an earlier change is right again.
+
+    Of the two thresholds only the one in force: giving the fraction takes back the tokens.
+    """
+    given = policy.model_dump()
+    if policy.kv_cache_threshold_tokens is not None:
+        del given["kv_cache_threshold"]
+    return SpeculationPatch.model_validate(given)

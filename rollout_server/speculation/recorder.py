@@ -16,6 +16,7 @@ from shared.types import SpeculationReason
 
 SAMPLE_INTERVAL_S = 0.02
 """Between switches, at most one step per this interval is remembered."""
+NUM_KV_USAGE_BUCKETS = 10
 NUM_REMEMBERED_ERRORS = 1000
 """Steps that the median error of the predictions is taken over."""
 
@@ -38,6 +39,9 @@ class SpeculationRecorder:
         self._num_steps_per_k = [0] * (max_num_speculative_tokens + 1)
         self._time_s_per_k = [0.0] * (max_num_speculative_tokens + 1)
         self._num_steps_per_reason: Counter[SpeculationReason] = Counter()
+        self._num_steps_per_kv_usage = [0] * NUM_KV_USAGE_BUCKETS
+        self._kv_cache_usage_sum = 0.0
+        self._num_generated_tokens = 0
         self._num_predicted_steps = 0
         self._predicted_step_s = 0.0
         self._realised_step_s = 0.0
@@ -52,6 +56,10 @@ class SpeculationRecorder:
         self._num_steps_on += k > 0
         self._num_steps_per_k[k] += 1
         self._num_steps_per_reason[decision.reason] += 1
+        usage = sample.kv_cache_usage
+        self._kv_cache_usage_sum += usage
+        bucket = min(int(usage * NUM_KV_USAGE_BUCKETS), NUM_KV_USAGE_BUCKETS - 1)
+        self._num_steps_per_kv_usage[bucket] += 1
         previous, self._last = self._last, decision
         if previous is not None and (previous.num_speculative_tokens > 0) != (k > 0):
             self._num_switches += 1
@@ -62,10 +70,11 @@ class SpeculationRecorder:
                 SpeculationStep(
                     step=self._num_steps,
                     time_s=unix_time_s,
-                    kv_cache_usage=sample.kv_cache_usage,
+                    kv_cache_usage=usage,
                     num_running_reqs=sample.num_running_reqs,
                     num_waiting_reqs=sample.num_waiting_reqs,
                     num_kv_tokens=sample.num_kv_tokens,
+                    num_generated_tokens=self._num_generated_tokens,
                     num_speculative_tokens=k,
                     reason=decision.reason,
                     predicted_tokens_per_s=decision.predicted_tokens_per_s,
@@ -84,6 +93,9 @@ class SpeculationRecorder:
     def record_finished_step(self, observation: StepObservation, expected_s: float | None) -> None:
         """Count the seconds of a finished step, and those the cost model expected of it."""
         duration_s = observation.duration_s
+        # One token per request that samples, and one per accepted draft.
+        self._num_generated_tokens += observation.shape.num_decode_reqs
+        self._num_generated_tokens += sum(observation.num_accepted_per_pos)
         self._time_s_per_k[observation.shape.num_speculative_tokens] += duration_s
         if expected_s is not None and duration_s > 0:
             self._num_predicted_steps += 1
@@ -118,6 +130,8 @@ class SpeculationRecorder:
             num_steps_per_k=list(self._num_steps_per_k),
             time_s_per_k=list(self._time_s_per_k),
             num_steps_per_reason=dict(self._num_steps_per_reason),
+            num_steps_per_kv_usage=list(self._num_steps_per_kv_usage),
+            kv_cache_usage_sum=self._kv_cache_usage_sum,
             num_predicted_steps=self._num_predicted_steps,
             predicted_step_s=self._predicted_step_s,
             realised_step_s=self._realised_step_s,

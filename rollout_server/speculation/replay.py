@@ -95,6 +95,8 @@ def replay(events: Iterable[TraceEvent], changes: SpeculationPatch | None = None
 
 def _replay_step(controller: SpeculationController, event: TraceStep, report: ReplayReport) -> None:
     decision = controller.decide(event.sample)
+    if event.confirmed is None or event.allocated_kv_cache_usage is None:
+        return  # the step scheduled nothing
     confirmed = controller.confirm(decision, event.allocated_kv_cache_usage)
     report.num_steps += 1
     recorded = event.confirmed

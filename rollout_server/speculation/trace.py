@@ -40,13 +40,16 @@ class TraceStart(SettingsModel):
 
 
 class TraceStep(SettingsModel):
-    """A decision, and its confirmation after the step's slots were allocated."""
+    """A decision, and its confirmation after the step's slots were allocated.
+
+    A step that schedules nothing (every request has just ended) decides and confirms nothing.
+    """
 
     kind: Literal["step"] = "step"
     sample: EngineLoadSample
     decision: SpeculationDecision
-    allocated_kv_cache_usage: float
-    confirmed: SpeculationDecision
+    allocated_kv_cache_usage: float | None
+    confirmed: SpeculationDecision | None
 
 
 class TraceObservation(SettingsModel):
@@ -101,8 +104,8 @@ class TraceWriter:
         self,
         sample: EngineLoadSample,
         decision: SpeculationDecision,
-        allocated_kv_cache_usage: float,
-        confirmed: SpeculationDecision,
+        allocated_kv_cache_usage: float | None,
+        confirmed: SpeculationDecision | None,
     ) -> None:
         """Record a decision, without the checks of a model: it happens at every step."""
         self._dump(
@@ -111,7 +114,7 @@ class TraceWriter:
                 "sample": asdict(sample),
                 "decision": asdict(decision),
                 "allocated_kv_cache_usage": allocated_kv_cache_usage,
-                "confirmed": asdict(confirmed),
+                "confirmed": None if confirmed is None else asdict(confirmed),
             }
         )
 

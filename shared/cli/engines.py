@@ -1,4 +1,4 @@
-"""``slipstream engines``, ``speculation`` and ``weights``: look at a running server, change it."""
+"""``slipstream engines`` and ``weights``: look at a running server, scale it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import typer
 from shared.cli.api_client import ApiClient
 from shared.cli.options import DEFAULT_URL, JsonOption, TimeoutOption, UrlOption
 from shared.cli.output import print_json, print_table
-from shared.errors import ConfigurationError, UnavailableError
+from shared.errors import UnavailableError
 from shared.schemas.engines import EnginesResponse, ScaleRequest
-from shared.schemas.speculation import SpeculationPatch, SpeculationResponse
 from shared.schemas.weights import WeightsResponse
-from shared.types import EngineState, SpeculationMode
+from shared.types import EngineState
 
 engines_app = typer.Typer(help="List and scale the rollout engines.", no_args_is_help=True)
-speculation_app = typer.Typer(help="See and change when engines draft.", no_args_is_help=True)
 weights_app = typer.Typer(help="See which weights are served.", no_args_is_help=True)
 
 WAIT_POLL_S = 0.5
@@ -80,70 +78,6 @@ def show_engines(answer: EnginesResponse, as_json: bool) -> None:
     ]
     errors = "; ".join(f"{e.engine_id}: {e.error}" for e in answer.engines if e.error)
     print_table(f"engines (target {answer.target_count})", columns, rows, errors or None)
-
-
-@speculation_app.command("show")
-def show_speculation(
-    url: UrlOption = DEFAULT_URL, timeout_s: TimeoutOption = 10.0, as_json: JsonOption = False
-) -> None:
-    """The policy, and what each engine does because of it."""
-    with ApiClient(url, timeout_s) as client:
-        print_speculation(client.get("/v1/speculation", SpeculationResponse), as_json)
-
-
-@speculation_app.command("set")
-def set_speculation(
-    mode: Annotated[SpeculationMode | None, typer.Option(help="When to draft.")] = None,
-    num_speculative_tokens: Annotated[int | None, typer.Option(min=1, help="Draft length.")] = None,
-    kv_cache_threshold: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Draft below this KV occupancy.")
-    ] = None,
-    kv_cache_hysteresis: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Reopen this far below the threshold.")
-    ] = None,
-    min_dwell_steps: Annotated[
-        int | None, typer.Option(min=0, help="Steps the gate stays closed at least.")
-    ] = None,
-    url: UrlOption = DEFAULT_URL,
-    timeout_s: TimeoutOption = 10.0,
-    as_json: JsonOption = False,
-) -> None:
-    """Change the policy of every engine, at once and without a restart."""
-    patch = SpeculationPatch(
-        mode=mode,
-        num_speculative_tokens=num_speculative_tokens,
-        kv_cache_threshold=kv_cache_threshold,
-        kv_cache_hysteresis=kv_cache_hysteresis,
-        min_dwell_steps=min_dwell_steps,
-    )
-    if not patch.model_dump(exclude_none=True):
-        raise ConfigurationError("nothing to change: give at least one option, see --help")
-    with ApiClient(url, timeout_s) as client:
-        answer = client.send("PATCH", "/v1/speculation", patch, SpeculationResponse)
-        print_speculation(answer, as_json)
-
-
-def print_speculation(answer: SpeculationResponse, as_json: bool) -> None:
-    """Print policy and engines."""
-    if as_json:
-        print_json(answer)
-        return
-    policy = answer.policy
-    title = (
-        f"mode {policy.mode}, {policy.num_speculative_tokens} of at most "
-        f"{answer.max_num_speculative_tokens} tokens, below {policy.kv_cache_threshold:.0%} KV "
-        f"(hysteresis {policy.kv_cache_hysteresis:.0%}, dwell {policy.min_dwell_steps} steps)"
-    )
-    columns = ["engine", "now", "reason", "KV", "steps on", "switches", "acceptance length"]
-    rows = [
-        [
-            *(e.engine_id, e.num_speculative_tokens if e.enabled else "off", e.reason),
-            *(f"{e.kv_cache_usage:.0%}", f"{e.num_steps_on}/{e.num_steps}", e.num_switches),
-            e.mean_acceptance_length,
-        ]
-        for e in answer.engines
-    ]
-    print_table(title, columns, rows)
 
 
 @weights_app.command("show")

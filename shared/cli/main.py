@@ -16,8 +16,9 @@ import typer
 from shared.cli import services
 from shared.cli.config import config_app
 from shared.cli.doctor import doctor
-from shared.cli.engines import engines_app, speculation_app, weights_app
+from shared.cli.engines import engines_app, weights_app
 from shared.cli.rollout import rollout
+from shared.cli.speculation import speculation_app
 from shared.errors import ConfigurationError, SlipstreamError
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app.add_typer(engines_app, name="engines")
 app.add_typer(speculation_app, name="speculation")
 app.add_typer(weights_app, name="weights")
 app.command("make-model")(services.make_model)
+app.command()(services.calibrate)
 app.command()(services.bench)
 app.command()(doctor)
 app.add_typer(config_app, name="config")

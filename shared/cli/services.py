@@ -1,10 +1,12 @@
-"""Commands that start processes: ``serve``, ``train``, ``run``, ``make-model``, ``bench``."""
+"""Commands that start processes: ``serve``, ``train``, ``run``, ``make-model``, ``calibrate``,
+``bench``."""
 
 from __future__ import annotations
 
 import importlib.util
 import pkgutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -114,6 +116,25 @@ def make_model(
         *("--num-terms", *map(str, num_terms), "--max-operand", str(max_operand)),
     ]
     raise typer.Exit(run_module("trainer.demo_model", arguments))
+
+
+def calibrate(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Else deploy/calibration."),
+    ] = None,
+) -> None:
+    """Measure this device's step times for the scheduler: one engine, a few minutes, one file."""
+    resolved = resolve_serving_config(config, set_)
+    with tempfile.TemporaryDirectory(prefix="slipstream-calibrate-") as directory:
+        path = write_config(resolved, Path(directory) / "config.yaml")
+        arguments = ["--config", str(path)]
+        if output is not None:
+            arguments += ["--output", str(output)]
+        code = run_module("rollout_server.calibrate", arguments)
+    raise typer.Exit(code)
 
 
 def bench(

@@ -6,7 +6,13 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 class WireModel(BaseModel):
     """A request or response body: unknown fields are an error, so that typos never pass."""
 
-    model_config = ConfigDict(extra="forbid", use_enum_values=False, ser_json_inf_nan="null")
+    model_config = ConfigDict(
+        extra="forbid",
+        use_enum_values=False,
+        ser_json_inf_nan="null",
+        # What is written under a field describes it in /openapi.json too.
+        use_attribute_docstrings=True,
+    )
 
 
 class ErrorBody(WireModel):

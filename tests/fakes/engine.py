@@ -147,6 +147,22 @@ class FakeEngine:
             num_accepted_tokens=30,
             num_accepted_tokens_per_pos=[10, 8, 7, 5],
             mean_acceptance_length=4.0,
+            num_steps_per_k=[2, 0, 0, 0, 8],
+            time_s_per_k=[0.5, 0.0, 0.0, 0.0, 1.5],
+            num_steps_per_reason={
+                SpeculationReason.BELOW_THRESHOLD: 8,
+                SpeculationReason.ABOVE_THRESHOLD: 2,
+            },
+            num_steps_per_kv_usage=[0, 3, 5, 0, 0, 0, 0, 0, 0, 2],
+            kv_cache_usage_sum=3.5,
+            acceptance_per_pos=[0.9, 0.8, 0.7, 0.6],
+            num_acceptance_changes=1,
+            cost_model="self",
+            machine_factor=1.25,
+            num_predicted_steps=9,
+            predicted_step_s=1.8,
+            realised_step_s=1.9,
+            median_step_time_error=0.05,
             history=steps,
         )
 

@@ -40,6 +40,37 @@ POLICY: dict[str, Any] = {
     "min_dwell_steps": 8,
 }
 
+SPECULATION: dict[str, Any] = {
+    "engine_id": "engine-0",
+    "enabled": True,
+    "num_speculative_tokens": 3,
+    "reason": "predicted_faster",
+    "kv_cache_usage": 0.25,
+    "num_steps": 10,
+    "num_steps_on": 8,
+    "num_switches": 1,
+    "num_drafts": 8,
+    "num_draft_tokens": 24,
+    "num_accepted_tokens": 20,
+    "num_accepted_tokens_per_pos": [8, 7, 5],
+    "mean_acceptance_length": 3.5,
+    "acceptance_per_pos": [0.95, 0.9, 0.81],
+    "cost_model": "self",
+    "history": [
+        {
+            "step": 10,
+            "time_s": 1.0,
+            "kv_cache_usage": 0.25,
+            "num_running_reqs": 2,
+            "num_waiting_reqs": 0,
+            "num_speculative_tokens": 3,
+            "reason": "predicted_faster",
+            "predicted_tokens_per_s": 100.0,
+            "predicted_speedup": 1.42,
+        }
+    ],
+}
+
 
 class HttpApi:
     """State of the fake: what it was asked, and how it shall misbehave."""
@@ -62,15 +93,26 @@ class HttpApi:
             if method == "PUT":
                 self.engine_count = body["count"]
             return self.engines()
-        if path == "/v1/speculation":
-            if method == "PATCH":
-                self.policy.update(body)
-            return {"policy": self.policy, "max_num_speculative_tokens": 4, "engines": []}
+        if path.partition("?")[0] == "/v1/speculation":
+            return self.speculation(body if method == "PATCH" else {})
         if path == "/v1/weights":
             versions = {"engine_id": "engine-0", "target_version": 3, "drafter_version": 3}
             push = {"version": 3, "committed": True, "total_s": 0.5, "error": None}
             return {"committed_version": 3, "engines": [versions], "history": [push]}
         return None
+
+    def speculation(self, change: dict[str, Any]) -> dict[str, Any]:
+        """Answer of ``/v1/speculation``; a change for one engine shows as its own settings."""
+        fields = {name: value for name, value in change.items() if name != "engine_ids"}
+        overrides = dict.fromkeys(change.get("engine_ids", ()), self.policy | fields)
+        if not overrides:
+            self.policy.update(fields)
+        return {
+            "policy": self.policy,
+            "overrides": overrides,
+            "max_num_speculative_tokens": 4,
+            "engines": [SPECULATION],
+        }
 
     def engines(self) -> dict[str, Any]:
         """Answer of ``/v1/engines``."""

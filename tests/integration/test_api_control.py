@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shared import metrics as names
 from shared.errors import EngineDeadError
 from shared.schemas.engines import EnginesResponse
+from shared.schemas.speculation import SpeculationChange
 from shared.types import EngineState, SpeculationMode
 from tests.fakes.engine import FakeEngine
 from tests.fakes.service import FakeCoordinator, fake_service, running, until
@@ -42,6 +43,29 @@ async def test_a_speculation_patch_reaches_engines_and_shows_in_the_answer() -> 
     assert service.speculation_policy.mode is SpeculationMode.ALWAYS
     assert [step["step"] for step in read["engines"][0]["history"]] == [9, 10]
     assert read["max_num_speculative_tokens"] == 8
+
+
+async def test_one_engine_gets_settings_of_its_own_and_the_log_names_the_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "rollout_server.live_speculation")
+    engines = [FakeEngine("a"), FakeEngine("b")]
+    async with running(fake_service(engines)) as client:
+        answer = await client.patch(
+            "/v1/speculation",
+            json={"mode": "off", "engine_ids": ["b"]},
+            headers={"X-Request-Id": "audit-1"},
+        )
+        schema = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    assert answer.json()["overrides"]["b"]["mode"] == "off"
+    assert answer.json()["policy"]["mode"] == "adaptive"
+    assert [len(engine.patches) for engine in engines] == [0, 1]
+    assert "request audit-1 from 127.0.0.1: mode adaptive -> off on b" in caplog.text
+    # The examples of the page are requests that the server takes.
+    for example in schema["SpeculationChange"]["examples"]:
+        SpeculationChange.model_validate(example)
+    for field in schema["SpeculationChange"]["properties"].values():
+        assert field["description"]
 
 
 async def test_engines_are_listed_with_state_load_and_the_reason_of_death() -> None:

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shared.cli.main import app
-from shared.errors import ConfigurationError, RequestError, UnavailableError
+from shared.errors import RequestError, UnavailableError
 from tests.fakes.http_api import HttpApi, running_api
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,20 +77,6 @@ def test_scaling_that_does_not_settle_says_what_it_waited_for(api: HttpApi) -> N
         invoke("engines", "scale", "2", "--wait", "0.1", "--url", api.url)
 
 
-def test_changing_speculation_sends_only_what_was_given(api: HttpApi) -> None:
-    output = invoke(
-        *("speculation", "set", "--kv-cache-threshold", "0.3", "--url", api.url, "--json")
-    )
-    assert api.requests == [("PATCH", "/v1/speculation", {"kv_cache_threshold": 0.3})]
-    assert json.loads(output)["policy"]["kv_cache_threshold"] == 0.3
-
-
-def test_changing_nothing_is_a_usage_error(api: HttpApi) -> None:
-    with pytest.raises(ConfigurationError, match="nothing to change"):
-        invoke("speculation", "set", "--url", api.url)
-    assert api.requests == []
-
-
 def test_the_message_of_a_refusal_reaches_the_user(api: HttpApi) -> None:
     error = {"code": "invalid_request", "type": "RequestError", "message": "count 99 is above 4"}
     api.refusal = (400, error)
@@ -143,7 +129,7 @@ def test_config_show_prints_what_loads_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     ["serve", "train", "run", "rollout", "engines", "speculation", "weights", "make-model",
-     "doctor", "config", "bench"],
+     "doctor", "config", "bench", "calibrate"],
 )  # fmt: skip
 def test_every_command_has_help(command: str) -> None:
     assert "Usage" in invoke(command, "--help")

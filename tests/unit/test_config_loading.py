@@ -46,7 +46,7 @@ def test_installer_client_and_plugin_variables_are_not_settings() -> None:
         ("speculation.kv_cache_threshold=1.5", ["speculation.kv_cache_threshold", "1.5"]),
         ("speculation.kv_cache_threshold=0.01", ["kv_cache_hysteresis 0.05", "0.01"]),
         ("speculation.max_num_speculative_tokens=2", ["num_speculative_tokens 4", "2"]),
-        ("drafter.enabled=false", ["speculation.mode kv_gate", "drafter.enabled"]),
+        ("drafter.enabled=false", ["speculation.mode adaptive", "drafter.enabled"]),
         ("model.max_model_len=200", ["trainer.sampling.max_tokens 256", "200"]),
         ("engine.vllm_args={seed: 1}", ["engine.vllm_args", "seed"]),
         ("trainer.task.kind=chess", ["trainer.task", "chess"]),

@@ -58,6 +58,12 @@ def test_the_demo_speculates_behind_the_kv_gate_and_picks_a_free_port() -> None:
     assert config.demo_model is not None
 
 
+@pytest.mark.parametrize("name", ["serve-cpu", "one-gpu-7b", "node-8gpu-7b"])
+def test_presets_for_work_choose_the_draft_length_by_cost(name: str) -> None:
+    config = load_run_config(CONFIG_DIR / f"{name}.yaml", environment={})
+    assert config.speculation.mode is SpeculationMode.ADAPTIVE
+
+
 def test_the_demo_batch_needs_more_kv_blocks_than_its_threshold_leaves() -> None:
     config = load_run_config(CONFIG_DIR / "demo.yaml", environment={})
     engine, trainer = config.engine, config.trainer

@@ -21,8 +21,8 @@ from trainer.report.speculation_stats import (
 from trainer.report.summary import duration, summarize
 
 ALL_PLOTS = {
-    "reward.png", "accuracy.png", "speculation.png", "speculation_zoom.png", "acceptance.png",
-    "throughput.png", "phases.png",
+    "reward.png", "accuracy.png", "speculation.png", "timeline.png", "timeline_zoom.png",
+    "acceptance.png", "throughput.png", "phases.png",
 }  # fmt: skip
 
 
@@ -140,7 +140,8 @@ def test_a_single_step_without_speculation_is_plotted(tmp_path: Path) -> None:
 def test_decisions_from_before_the_first_event_are_not_plotted(run_dir: Path) -> None:
     write_lines(run_dir / "events.jsonl", [{"time_s": 5000.0, "event": "eval_start", "step": 0}])
     build_report(run_dir)
-    assert not any(path.name.startswith("speculation") for path in (run_dir / "plots").iterdir())
+    names = {path.name for path in (run_dir / "plots").iterdir()}
+    assert names.isdisjoint({"speculation.png", "timeline.png", "timeline_zoom.png"})
 
 
 def test_a_missing_run_directory_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from rollout_server.speculation.recorder import SpeculationRecorder
@@ -84,3 +86,26 @@ def test_reasons_and_draft_lengths_are_counted() -> None:
         SpeculationReason.BELOW_THRESHOLD: 2,
         SpeculationReason.ABOVE_THRESHOLD: 1,
     }
+
+
+def test_kv_usage_is_counted_in_tenths_a_full_cache_in_the_last() -> None:
+    recorder = SpeculationRecorder("e", 16, 4)
+    for usage in (0.0, 0.05, 0.25, 0.95, 1.0):
+        recorder.record_step(0.0, replace(SAMPLE, kv_cache_usage=usage), ON)
+    report = recorder.report(0, 0.0)
+    assert report.num_steps_per_kv_usage == [2, 0, 1, 0, 0, 0, 0, 0, 0, 2]
+    assert report.kv_cache_usage_sum == pytest.approx(2.25)
+
+
+def test_a_decision_remembers_the_tokens_generated_before_it() -> None:
+    recorder = SpeculationRecorder("e", 16, 4)
+    recorder.record_step(0.0, SAMPLE, ON)
+    finished = StepObservation(
+        shape=StepShape.steady(3, 100, 4),
+        duration_s=0.5,
+        num_tried_per_pos=(3, 2, 1, 0),
+        num_accepted_per_pos=(2, 1, 0, 0),
+    )
+    recorder.record_finished_step(finished, None)
+    recorder.record_step(1.0, SAMPLE, ON)
+    assert [step.num_generated_tokens for step in recorder.report(0, 0.0).history] == [0, 6]

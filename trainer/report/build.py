@@ -17,9 +17,10 @@ from trainer.report.plots import (
     plot_throughput,
 )
 from trainer.report.run_data import RunData, read_run
-from trainer.report.speculation_plots import plot_speculation, plot_speculation_zoom
+from trainer.report.speculation_plots import plot_speculation
 from trainer.report.style import plot_style
 from trainer.report.summary import RunSummary, summarize
+from trainer.report.timeline_plots import plot_timeline, plot_timeline_zoom
 
 Plot = Callable[[RunData, Path], Path | None]
 
@@ -28,8 +29,9 @@ PLOTS: tuple[tuple[Plot, str], ...] = (
     (plot_accuracy, "Greedy answers to problems that are never trained on."),
     (plot_speculation, "Engines draft (green) only while their KV cache is less full than the "
      "threshold; dotted lines are training steps."),
-    (plot_speculation_zoom, "The batch in which speculation switched most often: off while many "
-     "sequences run, on in the long tail."),
+    (plot_timeline, "What the scheduler sees (KV occupancy), what it decides (draft length, 0 is "
+     "plain decoding) and what comes of it (throughput), on one time axis."),
+    (plot_timeline_zoom, "The same for the batch in which speculation switched most often."),
     (plot_acceptance, "Tokens a verification step yields while engines draft; every weight push "
      "rebuilds the drafter, so it keeps up with the policy."),
     (plot_throughput, "Completion tokens per second of the rollout phase, and their lengths."),

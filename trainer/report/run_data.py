@@ -24,6 +24,8 @@ class Decision:
     kv_cache_usage: float
     num_speculative_tokens: int
     reason: str
+    num_generated_tokens: int | None = None
+    """By the engine up to then; None in runs of versions that did not record it."""
 
     @property
     def is_on(self) -> bool:
@@ -127,6 +129,7 @@ def parse_decision(record: JsonRecord) -> Decision | None:
     time_s, usage = number(record, "time_s"), number(record, "kv_cache_usage")
     if time_s is None or usage is None:
         return None
+    tokens = number(record, "num_generated_tokens")
     return Decision(
         engine_id=text(record, "engine_id"),
         step=int(number(record, "step") or 0),
@@ -134,6 +137,7 @@ def parse_decision(record: JsonRecord) -> Decision | None:
         kv_cache_usage=usage,
         num_speculative_tokens=int(number(record, "num_speculative_tokens") or 0),
         reason=text(record, "reason"),
+        num_generated_tokens=None if tokens is None else int(tokens),
     )
 
 

@@ -1,4 +1,4 @@
-"""KV occupancy over time, shaded where engines drafted: the whole run, and one batch close up."""
+"""KV occupancy of every engine over the run, shaded where it drafted."""
 
 from __future__ import annotations
 
@@ -15,39 +15,32 @@ from trainer.report.run_data import Decision, RunData
 from trainer.report.speculation_stats import (
     busy_stretches,
     by_engine,
-    liveliest_window,
+    kv_threshold,
     on_intervals,
-    rollout_windows,
 )
 from trainer.report.style import BLUE, MUTED, ORANGE, SHADE, new_figure, save
 
 MAX_ENGINES = 4
 MAX_STEP_LABELS = 16
-ZOOM_MARGIN = 0.04
 
 
 def plot_speculation(run: RunData, directory: Path) -> Path | None:
     """The whole run, without the engines' warm-up before it."""
+    span = whole_run(run)
+    if span is None:
+        return None
+    title = "KV-cache occupancy and speculation over the run"
+    return draw(run, span, title, directory / "speculation.png")
+
+
+def whole_run(run: RunData) -> tuple[float, float] | None:
+    """From the first event to the last record, Unix seconds; None without decisions."""
     if not run.decisions:
         return None
     start_s, end_s = run.decisions[0].time_s, run.decisions[-1].time_s
     if run.events:
         start_s, end_s = run.events[0].time_s, max(end_s, run.events[-1].time_s)
-    title = "KV-cache occupancy and speculation over the run"
-    return draw(run, (start_s, end_s), title, directory / "speculation.png")
-
-
-def plot_speculation_zoom(run: RunData, directory: Path) -> Path | None:
-    """The batch in which speculation switched most often, as long as its engines worked."""
-    window = liveliest_window(run.decisions, rollout_windows(run.events))
-    if window is None:
-        return None
-    step, start_s, end_s = window
-    last_s = max(d.time_s for d in run.decisions if d.time_s <= end_s)
-    margin_s = ZOOM_MARGIN * (last_s - start_s)
-    title = f"One batch of rollouts close up (training step {step})"
-    span = (start_s - margin_s, last_s + margin_s)
-    return draw(run, span, title, directory / "speculation_zoom.png")
+    return start_s, end_s
 
 
 def draw(run: RunData, span: tuple[float, float], title: str, path: Path) -> Path | None:
@@ -57,11 +50,11 @@ def draw(run: RunData, span: tuple[float, float], title: str, path: Path) -> Pat
     if not engines:
         return None
     shown = engines[:MAX_ENGINES]
+    threshold = kv_threshold(run.config)
     figure, panels = new_figure(len(shown), 3.6 if len(shown) < 2 else 2.3)
     for axes, (engine_id, records) in zip(panels, shown, strict=True):
         draw_engine(axes, records, span[0])
-        if run.config is not None:
-            threshold = run.config.speculation.kv_cache_threshold
+        if threshold is not None:
             axes.axhline(threshold, color=ORANGE, ls="--", lw=1.6)
         mark_steps(axes, run, span)
         axes.set_ylim(0, 1.02)
@@ -72,7 +65,7 @@ def draw(run: RunData, span: tuple[float, float], title: str, path: Path) -> Pat
     more = len(engines) - len(shown)
     panels[0].set_title(title + (f" ({more} more engines not shown)" if more else ""), pad=18)
     panels[-1].set_xlabel("seconds")
-    figure.legend(handles=legend_handles(run), loc="outside lower center", ncols=3)
+    figure.legend(handles=legend_handles(threshold), loc="outside lower center", ncols=3)
     return save(figure, path)
 
 
@@ -87,7 +80,9 @@ def draw_engine(axes: Axes, records: Sequence[Decision], origin_s: float) -> Non
         axes.plot(times, usage, color=BLUE, lw=1.6)
 
 
-def mark_steps(axes: Axes, run: RunData, span: tuple[float, float]) -> None:
+def mark_steps(
+    axes: Axes, run: RunData, span: tuple[float, float], *, numbered: bool = True
+) -> None:
     """A thin line where each training step sends its prompts, numbered on top."""
     starts = [
         event
@@ -98,19 +93,19 @@ def mark_steps(axes: Axes, run: RunData, span: tuple[float, float]) -> None:
     for index, event in enumerate(starts):
         x = event.time_s - span[0]
         axes.axvline(x, color=MUTED, lw=0.7, ls=":")
-        if index % every == 0 and event.step is not None:
+        if numbered and index % every == 0 and event.step is not None:
             axes.annotate(f"step {event.step}" if index == 0 else str(event.step), (x, 1.0),
                           xycoords=("data", "axes fraction"), xytext=(1, 3),
                           textcoords="offset points", fontsize=8, color=MUTED)  # fmt: skip
 
 
-def legend_handles(run: RunData) -> list[Artist]:
+def legend_handles(threshold: float | None) -> list[Artist]:
     """Line, shade and threshold, explained."""
     handles: list[Artist] = [
         Line2D([], [], color=BLUE, lw=1.6, label="KV-cache occupancy"),
         Patch(facecolor=SHADE, label="speculation on"),
     ]
-    if run.config is not None:
-        text = f"threshold {run.config.speculation.kv_cache_threshold:.0%}"
+    if threshold is not None:
+        text = f"threshold {threshold:.0%}"
         handles.append(Line2D([], [], color=ORANGE, ls="--", lw=1.6, label=text))
     return handles

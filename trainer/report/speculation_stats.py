@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
+import numpy as np
+
+from shared.config.run import RunConfig
 from trainer.report.run_data import Decision, Event
 
 IDLE_GAP_FACTOR = 10.0
@@ -105,3 +108,37 @@ def liveliest_window(
         if best is None or score[:2] > best[:2]:
             best = score
     return best[2] if best else None
+
+
+def kv_threshold(config: RunConfig | None) -> float | None:
+    """The gate's threshold as a fraction of the KV blocks, as the run was started with.
+
+    None where it cannot be told: given in tokens, with a pool whose size vLLM chose.
+    """
+    if config is None:
+        return None
+    tokens = config.speculation.kv_cache_threshold_tokens
+    if tokens is None:
+        return config.speculation.kv_cache_threshold
+    num_blocks, block_size = config.engine.num_kv_blocks, config.engine.block_size
+    return None if not num_blocks or not block_size else min(tokens / (num_blocks * block_size), 1)
+
+
+def tokens_per_s(decisions: Iterable[Decision], edges_s: Sequence[float]) -> list[float] | None:
+    """Tokens that all engines generated per second between each two edges: [len(edges_s) - 1].
+
+    None if the run did not record them. Between two records of an engine its tokens are spread
+    evenly; a counter that falls belongs to an engine that was replaced and began anew.
+    """
+    rates = np.zeros(len(edges_s) - 1)
+    recorded = False
+    for records in by_engine(decisions).values():
+        counted = [r for r in records if r.num_generated_tokens is not None]
+        counts = np.array([float(r.num_generated_tokens or 0) for r in counted])
+        if len(counts) < 2:
+            continue
+        recorded = True
+        grown = np.concatenate([[0.0], np.cumsum(np.maximum(np.diff(counts), 0.0))])
+        at_edges = np.interp(edges_s, [record.time_s for record in counted], grown)
+        rates += np.diff(at_edges) / np.diff(edges_s)
+    return [float(rate) for rate in rates] if recorded else None

@@ -19,6 +19,16 @@ BLUE = "#1f6fb2"
 ORANGE = "#d9822b"
 GREEN = "#2a9d6f"
 SHADE = "#bfe5d3"
+ENGINE_COLOURS = (
+    "#1f6fb2",
+    "#d9822b",
+    "#2a9d6f",
+    "#8e6bb8",
+    "#c2484f",
+    "#4aa3b5",
+    "#8a7a3c",
+    "#7f8c98",
+)
 PHASE_COLOURS = {
     "rollout": "#1f6fb2",
     "logprob": "#7fb3d9",
