@@ -24,14 +24,13 @@ import random
 import statistics
 import sys
 import time
-from bisect import bisect_left
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.engines import ensure_model, running_engine
+from benchmarks.harness.progress import Progress, worst_window
 from benchmarks.harness.results import print_last_line, write_result
 from benchmarks.harness.worker_probes import (
     SERIALIZATION_VARIABLE,
@@ -45,8 +44,6 @@ from shared.schemas.rollouts import SamplingOptions
 from shared.schemas.speculation import SpeculationStep
 from shared.types import SpeculationReason
 
-POLL_S = 0.1
-WINDOW_S = 30.0
 SETTLING_S = 10.0
 COLLAPSED_ACCEPTANCE = 0.3
 NUM_PROMPT_TOKENS = 32
@@ -64,46 +61,6 @@ class Run:
     @property
     def seconds(self) -> float:
         return self.progress[-1][0]
-
-
-class Progress:
-    """Watches how many tokens an engine has made."""
-
-    def __init__(self, engine: EngineActor) -> None:
-        self._engine = engine
-        self.points: list[tuple[float, int]] = []
-        self._looked = asyncio.Event()
-
-    async def tokens(self) -> int:
-        return int((await self._engine.load())["num_generation_tokens"])
-
-    @asynccontextmanager
-    async def watching(self) -> AsyncIterator[None]:
-        started, first = time.perf_counter(), await self.tokens()
-
-        async def poll() -> None:
-            while True:
-                made = await self.tokens() - first
-                self.points.append((time.perf_counter() - started, made))
-                self._looked.set()
-                await asyncio.sleep(POLL_S)
-
-        polling = asyncio.create_task(poll())
-        try:
-            yield
-        finally:
-            polling.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await polling
-            made = await self.tokens() - first
-            self.points.append((time.perf_counter() - started, made))
-
-    async def reached(self, num_tokens: int, timeout_s: float = 300.0) -> None:
-        """Wait until this many tokens have been made."""
-        async with asyncio.timeout(timeout_s):
-            while not self.points or self.points[-1][1] < num_tokens:
-                self._looked.clear()
-                await self._looked.wait()
 
 
 async def sequences(engine: EngineActor, name: str, num_reqs: int, num_tokens: int) -> None:
@@ -207,33 +164,6 @@ async def run_side(engine: EngineActor, scenario: str, side: str, repeat: int) -
     return Run(progress=progress.points, event_unix_s=event, steps=report.history)
 
 
-def seconds_at(run: Run, tokens: float) -> float:
-    """When a run had made this many tokens, between two looks by proportion."""
-    counts = [made for _, made in run.progress]
-    right = min(max(bisect_left(counts, tokens), 1), len(counts) - 1)
-    (t0, n0), (t1, n1) = run.progress[right - 1], run.progress[right]
-    return t0 if n1 == n0 else t0 + (t1 - t0) * min(max((tokens - n0) / (n1 - n0), 0.0), 1.0)
-
-
-def tokens_at(run: Run, seconds: float) -> float:
-    times = [t for t, _ in run.progress]
-    right = min(max(bisect_left(times, seconds), 1), len(times) - 1)
-    (t0, n0), (t1, n1) = run.progress[right - 1], run.progress[right]
-    return n0 if t1 == t0 else n0 + (n1 - n0) * min(max((seconds - t0) / (t1 - t0), 0.0), 1.0)
-
-
-def worst_window(adaptive: Run, off: Run) -> float:
-    """Smallest speed over off in any window; the whole run where it is shorter than a window."""
-    length = min(WINDOW_S, adaptive.seconds)
-    worst = float("inf")
-    start = 0.0
-    while start + length <= adaptive.seconds + 1e-9:
-        first, last = tokens_at(adaptive, start), tokens_at(adaptive, start + length)
-        worst = min(worst, (seconds_at(off, last) - seconds_at(off, first)) / length)
-        start += 0.5
-    return worst
-
-
 def recovery_s(run: Run) -> float:
     """From the event to the last change of the draft length in the seconds after it."""
     settled = 0.0
@@ -272,7 +202,7 @@ async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
 def summarize(name: str, runs: Sequence[dict[str, Run]]) -> dict[str, Any]:
     """Medians over the repeats, and the worst of all windows."""
     ratios = [run["off"].seconds / run[ADAPTIVE].seconds for run in runs]
-    windows = [worst_window(run[ADAPTIVE], run["off"]) for run in runs]
+    windows = [worst_window(run[ADAPTIVE].progress, run["off"].progress) for run in runs]
     return {
         "name": name,
         "ratio_to_off": round(statistics.median(ratios), 3),

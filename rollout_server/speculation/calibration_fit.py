@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
-from scipy.optimize import nnls
 
 from rollout_server.speculation.cost_model import CostModel, PiecewiseLinear
 from rollout_server.speculation.steps import StepShape
@@ -43,6 +42,9 @@ def fit_cost_model(points: Sequence[MeasuredStep]) -> tuple[CostModel, FitQualit
     Raises:
         ValueError: too few points to tell a target pass from a draft pass.
     """
+    # Imported only here: an engine that finds its calibration starts without it.
+    from scipy.optimize import nnls
+
     if len({point.shape.num_speculative_tokens for point in points}) < 2:
         raise ValueError(
             f"{len(points)} measured steps have fewer than two draft lengths among them: a draft "

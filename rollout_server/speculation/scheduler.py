@@ -32,9 +32,9 @@ from vllm.v1.request import Request
 from rollout_server.drafter.lag import is_rebuild_due
 from rollout_server.engine.vllm_plugin.drafts import DRAFTS_ATTRIBUTE
 from rollout_server.engine.vllm_plugin.settings import plugin_settings
-from rollout_server.speculation.acceptance import RequestAcceptance
 from rollout_server.speculation.cost_model import CostModel
 from rollout_server.speculation.driver import SpeculationDriver
+from rollout_server.speculation.request_drafts import RequestDrafts
 from rollout_server.speculation.room import draft_room
 from rollout_server.speculation.step_clock import StepClock
 from rollout_server.speculation.steps import (
@@ -76,7 +76,7 @@ class _SlipstreamScheduling(Scheduler):
         )
         self._step_clock = StepClock()
         self._decided: tuple[EngineLoadSample, SpeculationDecision] | None = None
-        self._request_acceptance: dict[str, RequestAcceptance] = {}
+        self._request_drafts = RequestDrafts()
         if self.num_spec_tokens > 0:
             self.dynamic_sd_lookup = _DraftLengthLookup(self)
 
@@ -176,7 +176,12 @@ class _SlipstreamScheduling(Scheduler):
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """Drafts that cannot be, or are not worth being, verified: trim them."""
-        worthwhile = self._worthwhile_lengths(draft_token_ids)
+        worthwhile = self._request_drafts.worthwhile_lengths(
+            draft_token_ids.req_ids,
+            max(map(len, draft_token_ids.draft_token_ids), default=0),
+            self.speculation.controller,
+            num_kv_tokens=self._decided[0].num_kv_tokens if self._decided else 0,
+        )
         for index, (request_id, drafts) in enumerate(
             zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True)
         ):
@@ -187,25 +192,6 @@ class _SlipstreamScheduling(Scheduler):
                 if worthwhile is not None:
                     del drafts[worthwhile[index] :]
         super().update_draft_token_ids(draft_token_ids)
-
-    def _worthwhile_lengths(self, draft_token_ids: DraftTokenIds) -> list[int] | None:
-        """Per request, how many of its drafts to verify; None: all of everybody's.
-
-        Looks at how earlier drafts of the request fared, never at the drafts themselves: trimming
-        must not depend on what was drafted, or the output would no longer be the policy's.
-        """
-        controller = self.speculation.controller
-        if not controller.policy.per_request or self._decided is None:
-            return None
-        k = max(map(len, draft_token_ids.draft_token_ids), default=0)
-        sample = self._decided[0]
-        floor = controller.min_survival(len(draft_token_ids.req_ids), sample.num_kv_tokens, k)
-        per_pos = self.speculation.acceptance_per_pos()
-        fresh = RequestAcceptance()
-        return [
-            self._request_acceptance.get(request_id, fresh).worthwhile_length(per_pos, floor, k)
-            for request_id in draft_token_ids.req_ids
-        ]
 
     def patch_speculation(self, patch: SpeculationPatch) -> None:
         """Take effect at the next step."""
@@ -263,9 +249,7 @@ class _SlipstreamScheduling(Scheduler):
         if num_draft_tokens:
             self.speculation.count_draft(num_draft_tokens, num_accepted_tokens)
             if self.speculation.controller.policy.per_request:
-                self._request_acceptance.setdefault(request_id, RequestAcceptance()).observe(
-                    num_draft_tokens, num_accepted_tokens
-                )
+                self._request_drafts.count(request_id, num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(
             spec_decoding_stats,
             num_draft_tokens,
@@ -275,7 +259,7 @@ class _SlipstreamScheduling(Scheduler):
         )
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        self._request_acceptance.pop(request.request_id, None)
+        self._request_drafts.forget(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
