@@ -1,28 +1,23 @@
 """Corrects the cost model by what steps really take. Pure; time is passed in.
 
-The logarithm of measured over predicted seconds is split in two::
-
-    log(measured / predicted) = machine + residual[requests, K]
-
-``machine`` is the same for every draft length: another load on the machine, a slower clock. It
-follows within a second and cancels out of every comparison. ``residual`` is what the model gets
-wrong about one draft length at one number of requests; it decides, so it is slow, shrunk towards
-zero while it rests on few steps, bounded, and forgotten when it is not confirmed. Both move by
-bounded amounts per step, so that one stalled step moves neither far.
+Two layers. Factors for the machine, for draft passes and for verification (``part_factors.py``)
+hold at every load and are learned within a few steps. What they leave is a *residual* per draft
+length and number of requests: where the model bends at another place than the device does. A
+residual is slow, shrunk towards zero while it rests on few steps, bounded, and forgotten when it is
+not confirmed. Both are moved by bounded amounts per step, so that one stalled step moves neither
+far, and the machine factor cancels out of every comparison.
 """
 
 from __future__ import annotations
 
-from math import exp, log
+from collections.abc import Sequence
+from math import exp, log, sqrt
 
 from rollout_server.speculation.cost_model import CostModel
+from rollout_server.speculation.part_factors import PartFactors, Parts
 from rollout_server.speculation.steps import StepShape
 
-MACHINE_GAIN = 0.08
-"""Share of a step's surprise that the machine factor takes over."""
-MAX_SURPRISE = 0.35
-"""Bound on one step's surprise (log seconds): a stall of any length counts as a factor of 1.4."""
-RESIDUAL_PRIOR_STEPS = 12.0
+RESIDUAL_PRIOR_STEPS = 30.0
 """Steps that a residual must outweigh: the trust in the calibrated model."""
 RESIDUAL_MAX_STEPS = 150.0
 """Beyond this many steps old ones are forgotten as new ones come."""
@@ -30,6 +25,10 @@ RESIDUAL_HALF_LIFE_S = 60.0
 """Evidence not renewed loses half its weight in this time."""
 MAX_RESIDUAL = 0.7
 """Bound on a residual (log seconds): a factor of two."""
+RESIDUAL_DEVIATION = 0.08
+"""How far off (log seconds) a step never measured may be, the part factors being right."""
+KNOWN_STEPS = 8.0
+"""Measured steps after which that variance has halved."""
 BUCKET_EDGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of requests that share their residuals: up to and including each edge."""
 
@@ -39,39 +38,51 @@ class StepTimeCorrection:
 
     def __init__(self, model: CostModel) -> None:
         self.model = model
-        self._machine = 0.0
-        self._num_observed = 0
+        self._factors = PartFactors(model.verify_log_error, model.draft_log_error)
         self._residuals: dict[tuple[int, int], _Residual] = {}
         self._bucket_of = _bucket_table()
 
     @property
     def machine_factor(self) -> float:
         """How much slower than calibrated everything is now."""
-        return exp(self._machine)
+        return self._factors.machine_factor
 
     def observe(self, shape: StepShape, duration_s: float, time_s: float) -> None:
         """Learn from a finished step. Steps that prefill are left out: prompts differ too much."""
         if shape.num_decode_reqs == 0 or shape.num_prefill_tokens or duration_s <= 0:
             return
-        error = log(duration_s / self.model.step_s(shape))
-        residual = self._residuals.get(self._key(shape.num_decode_reqs, shape))
+        key = self._bucket(shape.num_decode_reqs), shape.num_speculative_tokens
+        residual = self._residuals.get(key)
         known = residual.value(time_s) if residual is not None else 0.0
-        # The first steps set the machine factor by their mean; later ones pull it along.
-        self._num_observed += 1
-        gain = max(1 / self._num_observed, MACHINE_GAIN)
-        surprise = error - known - self._machine
-        if self._num_observed > 1:
-            surprise = _clip(surprise, MAX_SURPRISE)
-        # What the residual is told is measured against the machine factor before this step.
-        if shape.is_steady and self._num_observed > 1:
+        parts = self.model.parts_s(shape)
+        left = self._factors.observe(parts, duration_s, known, time_s)
+        if shape.is_steady:
             if residual is None:
-                key = self._key(shape.num_decode_reqs, shape)
                 residual = self._residuals[key] = _Residual(time_s)
-            residual.add(known + surprise, time_s)
-        self._machine += gain * surprise
+            residual.add(known + left, time_s)
+
+    def unit_seconds(
+        self, num_reqs: int, steady_parts: Sequence[Parts], time_s: float
+    ) -> list[float]:
+        """Corrected seconds of steady steps at draft lengths 0, 1, ..., without machine factor."""
+        bucket = self._bucket(num_reqs)
+        seconds = []
+        for k, parts in enumerate(steady_parts):
+            unit_s = self._factors.unit_s(parts)
+            residual = self._residuals.get((bucket, k))
+            seconds.append(unit_s if residual is None else unit_s * exp(residual.value(time_s)))
+        return seconds
+
+    def log_deviation(
+        self, num_reqs: int, parts: Parts, other: Parts, num_speculative_tokens: int, time_s: float
+    ) -> float:
+        """Standard deviation of how a draft length's seconds compare to another's."""
+        known = self.num_recent_steps(num_reqs, num_speculative_tokens, time_s)
+        local = RESIDUAL_DEVIATION**2 / (1 + known / KNOWN_STEPS)
+        return sqrt(self._factors.log_deviation(parts, other) ** 2 + local)
 
     def log_residual(self, num_reqs: int, num_speculative_tokens: int, time_s: float) -> float:
-        """What the model's log seconds miss at this draft length."""
+        """What the factors leave of the model's error in log seconds at this draft length."""
         residual = self._residuals.get((self._bucket(num_reqs), num_speculative_tokens))
         return residual.value(time_s) if residual is not None else 0.0
 
@@ -80,13 +91,19 @@ class StepTimeCorrection:
         residual = self._residuals.get((self._bucket(num_reqs), num_speculative_tokens))
         return residual.weight(time_s) if residual is not None else 0.0
 
+    def log_correction(self, num_reqs: int, num_speculative_tokens: int, time_s: float) -> float:
+        """All that is corrected of a steady step's log seconds, the machine factor left out."""
+        shape = StepShape.steady(num_reqs, 0, num_speculative_tokens)
+        unit_s = self._factors.unit_s(self.model.parts_s(shape))
+        return log(unit_s / self.model.step_s(shape)) + self.log_residual(
+            num_reqs, num_speculative_tokens, time_s
+        )
+
     def predicted_step_s(self, shape: StepShape, time_s: float) -> float:
         """Corrected seconds of a step."""
         residual = self.log_residual(shape.num_decode_reqs, shape.num_speculative_tokens, time_s)
-        return self.model.step_s(shape) * exp(self._machine + residual)
-
-    def _key(self, num_reqs: int, shape: StepShape) -> tuple[int, int]:
-        return self._bucket(num_reqs), shape.num_speculative_tokens
+        unit_s = self._factors.unit_s(self.model.parts_s(shape))
+        return unit_s * self._factors.machine_factor * exp(residual)
 
     def _bucket(self, num_reqs: int) -> int:
         table = self._bucket_of
@@ -112,17 +129,13 @@ class _Residual:
     def value(self, time_s: float) -> float:
         fade = self._fade(time_s)
         mean = self._sum * fade / (self._weight * fade + RESIDUAL_PRIOR_STEPS)
-        return _clip(mean, MAX_RESIDUAL)
+        return min(max(mean, -MAX_RESIDUAL), MAX_RESIDUAL)
 
     def weight(self, time_s: float) -> float:
         return self._weight * self._fade(time_s)
 
     def _fade(self, time_s: float) -> float:
         return float(0.5 ** (max(time_s - self._time_s, 0.0) / RESIDUAL_HALF_LIFE_S))
-
-
-def _clip(value: float, limit: float) -> float:
-    return min(max(value, -limit), limit)
 
 
 def _bucket_table() -> list[int]:

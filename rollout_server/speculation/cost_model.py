@@ -62,46 +62,62 @@ class CostModel(SettingsModel):
     verify_step_s: float = Field(default=0.0, ge=0.0)
     verify_row_s: float = Field(default=0.0, ge=0.0)
     draft_kv_s: float = Field(default=0.0, ge=0.0)
+    verify_log_error: float = Field(default=0.2, ge=0.0)
+    """What verification adds may be wrong by this (standard deviation of log seconds)."""
+    draft_log_error: float = Field(default=0.2, ge=0.0)
+    """The same of a draft pass."""
 
     def step_s(self, shape: StepShape) -> float:
         """Seconds of a step."""
-        verified = shape.num_verified_tokens
-        seconds = (
-            self.target(shape.num_decode_reqs + verified)
-            + self.prefill_row_s * shape.num_prefill_tokens
-            + self.kv_read_s * shape.num_kv_tokens
-        )
+        plain_s, verify_s, drafts_s = self.parts_s(shape)
+        return plain_s + verify_s + drafts_s + self.prefill_row_s * shape.num_prefill_tokens
+
+    def parts_s(self, shape: StepShape) -> tuple[float, float, float]:
+        """Seconds of plain decoding, of what verification adds, and of draft passes."""
+        reqs, verified = shape.num_decode_reqs, shape.num_verified_tokens
+        target_s = self._target_s(reqs)
+        verify_s = drafts_s = 0.0
         if verified:
-            per_request = verified / max(shape.num_decode_reqs, 1)
-            seconds += (
-                self.kv_query_s * shape.num_kv_tokens * per_request
+            verify_s = (
+                self._target_s(reqs + verified)
+                - target_s
+                + self.kv_query_s * shape.num_kv_tokens * verified / max(reqs, 1)
                 + self.verify_step_s
                 + self.verify_row_s * verified
             )
         if shape.num_speculative_tokens:
-            seconds += shape.num_speculative_tokens * self.draft_pass_s(
+            drafts_s = shape.num_speculative_tokens * self.draft_pass_s(
                 shape.num_drafting_reqs, shape.num_kv_tokens
             )
-        return seconds
+        return target_s + self.kv_read_s * shape.num_kv_tokens, verify_s, drafts_s
 
     def draft_pass_s(self, num_reqs: int, num_kv_tokens: int) -> float:
         """Seconds of one draft pass."""
-        return self.draft(num_reqs) + self.draft_kv_s * num_kv_tokens
+        return self._draft_s(num_reqs) + self.draft_kv_s * num_kv_tokens
+
+    def steady_parts_s(
+        self, num_reqs: int, num_kv_tokens: int, max_draft_length: int
+    ) -> list[tuple[float, float, float]]:
+        """``parts_s`` of ``StepShape.steady`` at draft lengths 0 to ``max_draft_length``.
+
+        Asked at every step, so without the objects.
+        """
+        target_s = self._target_s(num_reqs)
+        plain_s = target_s + self.kv_read_s * num_kv_tokens
+        draft_s = self._draft_s(num_reqs) + self.draft_kv_s * num_kv_tokens
+        per_draft_s = self.kv_query_s * num_kv_tokens + self.verify_row_s * num_reqs
+        once_s = self.verify_step_s - target_s
+        parts = [(plain_s, 0.0, 0.0)]
+        for k in range(1, max_draft_length + 1):
+            verify_s = self._target_s(num_reqs * (k + 1)) + once_s + per_draft_s * k
+            parts.append((plain_s, verify_s, k * draft_s))
+        return parts
 
     def steady_step_s(
         self, num_reqs: int, num_kv_tokens: int, num_speculative_tokens: int
     ) -> float:
-        """``step_s`` of ``StepShape.steady``: asked several times a step, so without the object."""
-        k = num_speculative_tokens
-        seconds = self._target_s(num_reqs * (k + 1)) + self.kv_read_s * num_kv_tokens
-        if k:
-            seconds += (
-                self.kv_query_s * num_kv_tokens * k
-                + self.verify_step_s
-                + self.verify_row_s * num_reqs * k
-                + k * (self._draft_s(num_reqs) + self.draft_kv_s * num_kv_tokens)
-            )
-        return seconds
+        """``step_s`` of ``StepShape.steady``."""
+        return self.step_s(StepShape.steady(num_reqs, num_kv_tokens, num_speculative_tokens))
 
     def ratios(
         self, num_reqs: int, num_kv_tokens: int, num_speculative_tokens: int
@@ -114,24 +130,25 @@ class CostModel(SettingsModel):
         return draft_s / plain_s, verify_s / plain_s
 
     def _target_s(self, rows: int) -> float:
-        table = self._target_table
-        return table[rows] if rows < len(table) else self.target(rows)
+        seconds = self._target_memo.get(rows)
+        if seconds is None:
+            seconds = self._target_memo[rows] = self.target(rows)
+        return seconds
 
     def _draft_s(self, rows: int) -> float:
-        table = self._draft_table
-        return table[rows] if rows < len(table) else self.draft(rows)
+        seconds = self._draft_memo.get(rows)
+        if seconds is None:
+            seconds = self._draft_memo[rows] = self.draft(rows)
+        return seconds
 
     @cached_property
-    def _target_table(self) -> list[float]:
-        return [self.target(rows) for rows in range(TABLE_ROWS)]
+    def _target_memo(self) -> dict[int, float]:
+        """Row counts already interpolated: an engine has a few hundred, and asks at every step."""
+        return {}
 
     @cached_property
-    def _draft_table(self) -> list[float]:
-        return [self.draft(rows) for rows in range(TABLE_ROWS)]
-
-
-TABLE_ROWS = 2048
-"""Row counts looked up rather than interpolated."""
+    def _draft_memo(self) -> dict[int, float]:
+        return {}
 
 
 def conservative_model() -> CostModel:
@@ -145,4 +162,6 @@ def conservative_model() -> CostModel:
         target=PiecewiseLinear(knots=(1, 2), values_s=(1.0, 1.0)),
         draft=PiecewiseLinear(knots=(1, 2), values_s=(0.5, 0.5)),
         verify_row_s=1 / 16,
+        verify_log_error=1.0,
+        draft_log_error=0.5,
     )

@@ -8,9 +8,12 @@ choosing a length are one decision.
 Seconds spent on prompts are left out of ``T``: they are work of their own that every choice does
 alike, and charging them to the tokens of the step would make long drafts look cheap.
 
-A choice is left only for one that is better by a margin. What has not been tried lately is tried
-again for a few steps if, at the best its evidence allows, it would win; those steps are bounded to
-a share of all steps and carry their own reason.
+A choice is left only for one that is better by a margin. Another length is tried for a few steps
+if that is expected to win something: the mean of what it may be better by, over what its evidence
+leaves open (expected improvement, as in Bayesian optimisation), over the steps until the next trial
+and less what the trial itself loses, so that what is promising, unknown and cheap to find out comes
+first, plain decoding included. Those steps are bounded to a share of all steps, but
+for a few at the start and one trial after a push, and carry their own reason.
 """
 
 from __future__ import annotations
@@ -18,19 +21,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from math import exp
+from math import erf, exp, hypot, log, pi, sqrt
 
 from rollout_server.speculation.acceptance import AcceptanceTracker, mean_acceptance_lengths
 from rollout_server.speculation.correction import StepTimeCorrection
+from rollout_server.speculation.part_factors import Parts
 from rollout_server.speculation.steps import EngineLoadSample
 from shared.types import SpeculationReason
 
 EXPLORATION_STEPS = 4
 """Length of one trial: its first step still verifies the drafts of the choice before."""
-UNTRIED_TIME_SHARE = 0.12
-"""Share by which an unmeasured step may be faster than the model says."""
-KNOWN_STEPS = 8.0
-"""Measured steps after which that share has halved."""
+FIRST_TRIALS = 3
+"""Trials that an engine may make before it has earned any: what it starts from may be wrong."""
+MIN_WIN_STEPS = 0.8
+"""Steps' worth of tokens that a trial must be expected to win."""
+RETRY_CREDIT = 0.25
+"""Credit lost where no trial is worth it, so that the question is not asked at every step."""
 
 
 class ChoicePhase(StrEnum):
@@ -73,7 +79,8 @@ class DraftLengthChoice:
         self._chosen = 0
         self._trial = 0
         self._trial_steps_left = 0
-        self._credit_steps = 0.0
+        self._num_waiting_reqs = 0
+        self._credit_steps = float(FIRST_TRIALS * EXPLORATION_STEPS)
         """Steps that may be spent on trials: earned step by step, spent trial by trial."""
 
     def weights_changed(self) -> None:
@@ -85,10 +92,17 @@ class DraftLengthChoice:
         limit = settings.max_draft_length
         if sample.max_draft_tokens is not None:
             limit = min(limit, sample.max_draft_tokens)
-        lengths = mean_acceptance_lengths(self._acceptance.per_position())
-        rates = self._rates(sample, lengths, limit)
+        acceptance = self._acceptance.per_position()
+        lengths = mean_acceptance_lengths(acceptance)
+        requests = self._num_requests(sample)
+        parts = self._correction.model.steady_parts_s(requests, sample.num_kv_tokens, limit)
+        seconds = self._correction.unit_seconds(requests, parts, sample.time_s)
+        rates = [requests * n / s for n, s in zip(lengths, seconds, strict=False)]
         chosen = self._exploit(rates, settings)
-        trial = self._explore(sample, settings, rates, chosen)
+        trial = None
+        if self._may_explore(settings, chosen) and requests == sample.num_decode_reqs:
+            outlook = _Outlook(requests, parts, seconds, rates, lengths)
+            trial = self._explore(outlook, sample, settings)
         length = chosen if trial is None else min(trial, limit)
         if trial is not None:
             reason = SpeculationReason.EXPLORING
@@ -103,21 +117,15 @@ class DraftLengthChoice:
             predicted_speedup=rates[length] / rates[0],
         )
 
-    def _rates(
-        self,
-        sample: EngineLoadSample,
-        lengths: Sequence[float],
-        limit: int,
-    ) -> list[float]:
-        """Tokens per second at each draft length, the machine factor (common to all) left out."""
-        requests = max(sample.num_decode_reqs, 1)
-        correction, model = self._correction, self._correction.model
-        rates = []
-        for k in range(limit + 1):
-            seconds = model.steady_step_s(requests, sample.num_kv_tokens, k)
-            residual = correction.log_residual(requests, k, sample.time_s)
-            rates.append(requests * lengths[k] / (seconds * exp(residual)))
-        return rates
+    def _num_requests(self, sample: EngineLoadSample) -> int:
+        """Requests that the drafts of this step will be for.
+
+        Those that have arrived since the last step are let in by this one, most likely, and then
+        hold drafts too; those that were waiting already are not likely to get in now.
+        """
+        arrived = max(sample.num_waiting_reqs - self._num_waiting_reqs, 0)
+        self._num_waiting_reqs = sample.num_waiting_reqs
+        return max(sample.num_decode_reqs + arrived, 1)
 
     def _exploit(self, rates: Sequence[float], settings: ChoiceSettings) -> int:
         chosen = min(self._chosen, len(rates) - 1)
@@ -133,53 +141,76 @@ class DraftLengthChoice:
         self._chosen = chosen
         return chosen
 
-    def _explore(
-        self,
-        sample: EngineLoadSample,
-        settings: ChoiceSettings,
-        rates: Sequence[float],
-        chosen: int,
-    ) -> int | None:
-        """The draft length on trial in this step; None: the choice itself."""
+    def _may_explore(self, settings: ChoiceSettings, chosen: int) -> bool:
+        """Whether a trial is under way or could begin; counts the steps."""
         if self._phase is ChoicePhase.EXPLORING:
             self._trial_steps_left -= 1
             if self._trial_steps_left > 0 and self._trial != chosen:
-                return self._trial
+                return True
             self._phase = ChoicePhase.EXPLOITING
-            return None
-        self._credit_steps = min(
-            self._credit_steps + settings.exploration_fraction, float(EXPLORATION_STEPS)
-        )
-        if settings.exploration_fraction <= 0 or self._credit_steps < EXPLORATION_STEPS:
-            return None
-        trial = self._worth_a_trial(sample, settings, rates, chosen)
+            return False
+        if settings.exploration_fraction <= 0:
+            return False
+        if self._credit_steps < EXPLORATION_STEPS:
+            self._credit_steps += settings.exploration_fraction
+        return self._credit_steps >= EXPLORATION_STEPS
+
+    def _explore(
+        self, outlook: _Outlook, sample: EngineLoadSample, settings: ChoiceSettings
+    ) -> int | None:
+        """The draft length on trial in this step; None: the choice itself."""
+        if self._phase is ChoicePhase.EXPLORING:
+            return self._trial
+        trial = self._worth_a_trial(outlook, sample.time_s, settings)
         if trial is None:
+            self._credit_steps -= RETRY_CREDIT
             return None
         self._phase = ChoicePhase.EXPLORING
-        self._credit_steps = 0.0
+        self._credit_steps -= EXPLORATION_STEPS
         self._trial = trial
         self._trial_steps_left = EXPLORATION_STEPS
         return trial
 
     def _worth_a_trial(
-        self,
-        sample: EngineLoadSample,
-        settings: ChoiceSettings,
-        rates: Sequence[float],
-        chosen: int,
+        self, outlook: _Outlook, now_s: float, settings: ChoiceSettings
     ) -> int | None:
-        """Whatever would win by most if everything not known about it were at its best."""
-        now, requests = sample.time_s, max(sample.num_decode_reqs, 1)
-        hopes = mean_acceptance_lengths(self._acceptance.optimistic_per_position(now))
-        means = mean_acceptance_lengths(self._acceptance.per_position())
+        """The draft length whose trial is expected to win most, counted in steps of the choice."""
+        chosen, rates, parts = self._chosen, outlook.rates, outlook.parts
+        hopes = mean_acceptance_lengths(self._acceptance.optimistic_per_position(now_s))
         needed = rates[chosen] * (1 + settings.switch_margin)
-        found: tuple[float, int] | None = None
+        horizon_steps = EXPLORATION_STEPS / settings.exploration_fraction
+        best_k, best_win = None, MIN_WIN_STEPS
         for k, rate in enumerate(rates):
             if k == chosen:
                 continue
-            known = self._correction.num_recent_steps(requests, k, now)
-            faster = 1 - UNTRIED_TIME_SHARE / (1 + known / KNOWN_STEPS)
-            hope = rate * hopes[k] / (means[k] * faster)
-            if hope > needed and (found is None or hope > found[0]):
-                found = (hope, k)
-        return None if found is None else found[1]
+            of_time = self._correction.log_deviation(
+                outlook.num_requests, parts[k], parts[chosen], k, now_s
+            )
+            deviation = hypot(of_time, log(hopes[k] / outlook.lengths[k]))
+            gain = _expected_gain(log(rate / needed), deviation)
+            slower = max(1 - rate / rates[chosen], 0.0)
+            times_as_long = outlook.seconds[k] / outlook.seconds[chosen]
+            win = gain * horizon_steps - EXPLORATION_STEPS * slower * times_as_long
+            if win > best_win:
+                best_k, best_win = k, win
+        return best_k
+
+
+def _expected_gain(mean: float, deviation: float) -> float:
+    """Mean of the positive part of a normal distribution."""
+    if deviation <= 0.0:
+        return max(mean, 0.0)
+    z = mean / deviation
+    density = exp(-0.5 * z * z) / sqrt(2 * pi)
+    return deviation * density + mean * 0.5 * (1 + erf(z / sqrt(2)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlook:
+    """What is expected of each draft length."""
+
+    num_requests: int
+    parts: Sequence[Parts]
+    seconds: Sequence[float]
+    rates: Sequence[float]
+    lengths: Sequence[float]
