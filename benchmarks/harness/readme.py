@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.readme_scheduler import robustness_table, scheduler_table
 from benchmarks.harness.results import RESULTS_DIRECTORY
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "drafter.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "drafter.md", ROOT / "docs" / "speculation.md")
 
 
 def speculation_table(document: dict[str, Any]) -> str:
@@ -119,6 +120,8 @@ TABLES = {
     "speculation": speculation_table,
     "requantize": requantize_table,
     "drafter": drafter_table,
+    "scheduler": scheduler_table,
+    "scheduler_robustness": robustness_table,
 }
 
 

@@ -1,4 +1,4 @@
-"""Requests for the simulator: lengths as rollouts have them, synthetic or recorded. Pure but I/O."""
+"""Requests for the simulator: lengths as rollouts have them, synthetic or recorded."""
 
 from __future__ import annotations
 

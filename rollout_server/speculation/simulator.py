@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class SimulationResult:
     def num_switches(self) -> int:
         """Changes of the draft length, trials included."""
         lengths = [step.num_speculative_tokens for step in self.steps]
-        return sum(a != b for a, b in zip(lengths, lengths[1:], strict=False))
+        return sum(a != b for a, b in pairwise(lengths))
 
 
 def simulate(

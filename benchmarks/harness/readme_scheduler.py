@@ -1,0 +1,63 @@
+"""Tables of the scheduler's benchmarks; ``readme.py`` puts them into the pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def scheduler_table(document: dict[str, Any]) -> str:
+    """A row per steady load, then what came of the mixed one."""
+    result, facts = document["result"], document["circumstances"]
+    lines = [
+        "| sequences x prompt | best fixed K | it over off | adaptive over off "
+        "| adaptive over best fixed |",
+        "|:---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {p['load']} | {p['best_fixed_k']} | {p['best_fixed_ratio_to_off']:.2f} | "
+        f"{p['adaptive_ratio_to_off']:.2f} | {p['ratio_to_best_fixed']:.3f} "
+        f"({p['ratio_min']:.2f} to {p['ratio_max']:.2f}) |"
+        for p in result["points"]
+    ]
+    if prediction := result.get("prediction"):
+        lines += [
+            "",
+            f"Whether to speculate was right at {prediction['sign_right_share']:.0%} of the loads; "
+            f"the median error of {prediction['num_predicted_steps']} predicted step times was "
+            f"{prediction['median_step_time_error']:.1%}. Cost model: {prediction['cost_model']}.",
+        ]
+    if mixed := result.get("mixed"):
+        sides = ", ".join(
+            f"{side} {mixed[side]:.2f} ({mixed['spread'][side][0]:.2f} to "
+            f"{mixed['spread'][side][1]:.2f})"
+            for side in mixed["spread"]
+            if side != "off"
+        )
+        lines += [
+            "",
+            f"Mixed load ({mixed['num_prompts']} prompts, {mixed['num_tokens']} tokens, the longest "
+            f"{mixed['longest']}, {len(mixed['seconds'])} repeats), over off: {sides}.",
+        ]
+    return "\n".join([*lines, "", _circumstances(facts)])
+
+
+def robustness_table(document: dict[str, Any]) -> str:
+    """A row per scenario."""
+    result, facts = document["result"], document["circumstances"]
+    lines = [
+        "| scenario | adaptive over off | worst 30 s | recovery, s |",
+        "|:---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {s['name']} | {s['ratio_to_off']:.2f} | {s['worst_window_ratio']:.2f} | "
+        f"{s['recovery_s']:.1f} |"
+        for s in result["scenarios"]
+    ]
+    return "\n".join([*lines, "", "Medians over the repeats. " + _circumstances(facts)])
+
+
+def _circumstances(facts: dict[str, Any]) -> str:
+    return (
+        f"Sides alternate in one run: medians (spread). {facts['num_cores']} cores of "
+        f"{facts['cpu']}, vLLM {facts['vllm']}, commit {facts['commit']}."
+    )
