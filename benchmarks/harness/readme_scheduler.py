@@ -35,7 +35,7 @@ def scheduler_table(document: dict[str, Any]) -> str:
         )
         lines += [
             "",
-            f"Mixed load ({mixed['num_prompts']} prompts, {mixed['num_tokens']} tokens, the longest "
+            f"Mixed load ({mixed['num_prompts']} prompts, {mixed['num_tokens']} tokens, longest "
             f"{mixed['longest']}, {len(mixed['seconds'])} repeats), over off: {sides}.",
         ]
     return "\n".join([*lines, "", _circumstances(facts)])
