@@ -45,6 +45,7 @@ from rollout_server.drafter.sharing import (
     draft_linear_methods,
     point_at_target_kv_cache,
     share_target_modules,
+    token_embedding,
 )
 from rollout_server.engine.vllm_plugin.settings import plugin_settings
 
@@ -93,7 +94,8 @@ class SelfDraftProposer(DraftModelProposer):
         head = draft_linear_methods(self.model).get("lm_head")
         if head is not None and head.is_tied:
             # The checkpoint has no lm_head: the loader filled the embedding only.
-            head.pack(self.model.model.embed_tokens.weight.data)
+            _, embedding = token_embedding(self.model)
+            head.pack(embedding.weight.data)
         share_target_modules(self.model, target_model)
         point_at_target_kv_cache(self._attention_layers(), self._draft_attn_layer_names)
 
