@@ -35,7 +35,7 @@ from rollout_server.drafter.cuda_graphs import (
 )
 from rollout_server.drafter.loop_buffers import LoopBuffers, StepTables, sample_drafts
 from rollout_server.drafter.proposal import Proposal
-from rollout_server.drafter.proposer import SelfDraftProposer
+from rollout_server.drafter.proposer import DraftBatch, SelfDraftProposer
 from rollout_server.drafter.target_packing import pack_from_target
 
 DUMMY_LOAD_FORMAT = "dummy"
@@ -172,51 +172,26 @@ class GraphedSelfDraftProposer(SelfDraftProposer):
             per_layer.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
         return per_layer
 
-    def propose(
-        self,
-        num_speculative_tokens: int,
-        target_token_ids: torch.Tensor,
-        target_positions: torch.Tensor,
-        target_hidden_states: torch.Tensor,
-        next_token_ids: torch.Tensor,
-        token_indices_to_sample: torch.Tensor | None,
-        common_attn_metadata: CommonAttentionMetadata,
-        sampling_metadata: SamplingMetadata,
-        mm_embed_inputs: Any = None,
-        num_rejected_tokens_gpu: torch.Tensor | None = None,
-        slot_mappings: Any = None,
-    ) -> torch.Tensor:
+    def _draft(self, batch: DraftBatch) -> torch.Tensor:
         """As the parent's, by replaying a captured loop where one fits."""
-        num_requests = common_attn_metadata.num_reqs
         shape = None
-        if self.loop_graphs is not None and needs_temperature_alone(sampling_metadata):
-            shape = self.loop_graphs.shape_for(num_requests, num_speculative_tokens)
+        num_requests = batch.attention.num_reqs
+        if self.loop_graphs is not None and needs_temperature_alone(batch.sampling):
+            shape = self.loop_graphs.shape_for(num_requests, batch.num_drafts)
         if shape is None:
-            return super().propose(
-                num_speculative_tokens=num_speculative_tokens,
-                target_token_ids=target_token_ids,
-                target_positions=target_positions,
-                target_hidden_states=target_hidden_states,
-                next_token_ids=next_token_ids,
-                token_indices_to_sample=token_indices_to_sample,
-                common_attn_metadata=common_attn_metadata,
-                sampling_metadata=sampling_metadata,
-                mm_embed_inputs=mm_embed_inputs,
-                num_rejected_tokens_gpu=num_rejected_tokens_gpu,
-                slot_mappings=slot_mappings,
-            )
+            return super()._draft(batch)
         assert self.loop_graphs is not None
         assert self.loop_buffers is not None
         self.loop_buffers.load(
-            next_token_ids_B=next_token_ids,
-            seq_lens_B=common_attn_metadata.seq_lens,
-            num_rejected_B=num_rejected_tokens_gpu,
-            block_table_BC=common_attn_metadata.block_table_tensor,
-            temperature_B=sampling_metadata.temperature,
+            next_token_ids_B=batch.next_token_ids,
+            seq_lens_B=batch.attention.seq_lens,
+            num_rejected_B=batch.num_rejected,
+            block_table_BC=batch.attention.block_table_tensor,
+            temperature_B=batch.sampling.temperature,
         )
         self.loop_graphs.replay(shape)
         probabilities_KBV = None
-        if not sampling_metadata.all_greedy:
+        if not batch.sampling.all_greedy:
             probabilities_KBV = self.loop_buffers.probabilities(shape, self._vocab_size)
         self._proposal = Proposal(list(self._runner.input_batch.req_ids), probabilities_KBV)
         # Cloned: vLLM copies them to the host on a stream of its own, maybe after the next replay.

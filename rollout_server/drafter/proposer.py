@@ -23,7 +23,7 @@ past the end of the context get no slot (``PADDING_SLOT_ID``); ``GPUModelRunner.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -45,8 +45,24 @@ from rollout_server.drafter.sharing import (
     draft_linear_methods,
     point_at_target_kv_cache,
     share_target_modules,
+    token_embedding,
 )
 from rollout_server.engine.vllm_plugin.settings import plugin_settings
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftBatch:
+    """What of a step's data a draft loop reads."""
+
+    num_drafts: int
+    """Per request, at least 1."""
+    next_token_ids: torch.Tensor
+    """[batch_size], the token each request sampled last."""
+    num_rejected: torch.Tensor | None
+    """[batch_size], drafts of the previous cycle that verification rejected; the lengths in
+    ``attention`` still count them."""
+    attention: CommonAttentionMetadata
+    sampling: SamplingMetadata
 
 
 class SelfDraftProposer(DraftModelProposer):
@@ -78,7 +94,8 @@ class SelfDraftProposer(DraftModelProposer):
         head = draft_linear_methods(self.model).get("lm_head")
         if head is not None and head.is_tied:
             # The checkpoint has no lm_head: the loader filled the embedding only.
-            head.pack(self.model.model.embed_tokens.weight.data)
+            _, embedding = token_embedding(self.model)
+            head.pack(embedding.weight.data)
         share_target_modules(self.model, target_model)
         point_at_target_kv_cache(self._attention_layers(), self._draft_attn_layer_names)
 
@@ -105,29 +122,37 @@ class SelfDraftProposer(DraftModelProposer):
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings: Any = None,
     ) -> torch.Tensor:
-        """Draft ``num_speculative_tokens`` tokens per request.
-
-        Args:
-            next_token_ids: [batch_size], the token each request sampled last.
-            num_rejected_tokens_gpu: [batch_size], drafts of the previous cycle that verification
-                rejected; ``common_attn_metadata.seq_lens`` still counts them.
+        """Called by vLLM's model runner after each step.
 
         Returns:
             [batch_size, num_speculative_tokens] token ids.
         """
-        batch_size = common_attn_metadata.num_reqs
         if num_speculative_tokens == 0:
+            batch_size = common_attn_metadata.num_reqs
             return torch.empty(batch_size, 0, device=self.device, dtype=torch.int64)
+        return self._draft(
+            DraftBatch(
+                num_drafts=num_speculative_tokens,
+                next_token_ids=next_token_ids,
+                num_rejected=num_rejected_tokens_gpu,
+                attention=common_attn_metadata,
+                sampling=sampling_metadata,
+            )
+        )
+
+    def _draft(self, batch: DraftBatch) -> torch.Tensor:
+        """[batch_size, num_drafts] token ids, one pass after the other."""
+        batch_size = batch.attention.num_reqs
         sampler = DraftSampler(
-            sampling_metadata,
+            batch.sampling,
             self._proposal_buffer,
-            num_drafts=num_speculative_tokens,
+            num_drafts=batch.num_drafts,
             batch_size=batch_size,
             vocab_size=self._vocab_size,
             sampled_token_ids_BJ=self.sampled_token_ids_BJ,
-            unfinished_prompts=self._unfinished_prompts(sampling_metadata),
+            unfinished_prompts=self._unfinished_prompts(batch.sampling),
         )
-        metadata, positions = self._before_first_pass(common_attn_metadata, num_rejected_tokens_gpu)
+        metadata, positions = self._before_first_pass(batch.attention, batch.num_rejected)
         cudagraph_mode, padded_size, size_across_dp = self._determine_batch_execution_and_padding(
             batch_size
         )
@@ -136,11 +161,9 @@ class SelfDraftProposer(DraftModelProposer):
         input_ids = self.input_ids[:padded_size]
         input_positions = self._get_positions(padded_size)
 
-        token_ids = next_token_ids
-        drafts_BK = torch.empty(
-            batch_size, num_speculative_tokens, device=self.device, dtype=torch.int64
-        )
-        for draft_index in range(num_speculative_tokens):
+        token_ids = batch.next_token_ids
+        drafts_BK = torch.empty(batch_size, batch.num_drafts, device=self.device, dtype=torch.int64)
+        for draft_index in range(batch.num_drafts):
             # Counted here, not taken from its result: past the end of the context that is 0, and
             # the pass after it would write over the sequence's own first positions.
             self._update_positions_dependent_metadata(

@@ -9,9 +9,8 @@ from torch.nn import Module
 
 from rollout_server.drafter.quantization import DraftLinearMethod
 from rollout_server.drafter.shards import checkpoint_names, shard_names
-from rollout_server.drafter.sharing import draft_linear_methods
+from rollout_server.drafter.sharing import draft_linear_methods, token_embedding
 
-EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 LM_HEAD_WEIGHT = "lm_head.weight"
 
 
@@ -70,7 +69,7 @@ def requantize_changed(drafter: Module, weights: Mapping[str, torch.Tensor]) -> 
     for name, method in methods.items():
         wanted = shard_names(name, packed_modules)
         if name == "lm_head" and method.is_tied:
-            wanted = frozenset({EMBEDDING_WEIGHT})
+            wanted = frozenset({_embedding_weight(drafter)})
         missing = sorted(wanted - weights.keys())
         if len(missing) == len(wanted):
             continue
@@ -110,8 +109,14 @@ def _linear_weights(
     wanted = checkpoint_names(layer_names, getattr(drafter, "packed_modules_mapping", {}))
     head = drafter.lm_head if LM_HEAD_WEIGHT in wanted else None
     is_tied = head is not None and head.quant_method.is_tied
+    embedding_weight = _embedding_weight(drafter) if is_tied else None
     for name, tensor in weights:
-        if head is not None and is_tied and name == EMBEDDING_WEIGHT:
+        if head is not None and name == embedding_weight:
             head.weight.weight_loader(head.weight, tensor)
         elif name in wanted and not (is_tied and name == LM_HEAD_WEIGHT):
             yield name, tensor
+
+
+def _embedding_weight(drafter: Module) -> str:
+    name, _ = token_embedding(drafter)
+    return f"{name}.weight"

@@ -12,7 +12,9 @@ P int32 words of packed codes (K / 8).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -22,6 +24,27 @@ INT4_SYMMETRIC_ZERO_CODE = 8
 INT4_CODES_PER_WORD = 8
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8_DTYPE).max  # 448
+WEIGHTS_AT_A_TIME = {"cpu": 1 << 16, "cuda": 1 << 25}
+"""Float32 copies are made of this many weights, so that they add no layers to the peak memory of a
+rebuild. Kernel launches are dear on CUDA."""
+
+
+def _by_rows(
+    weight_NK: torch.Tensor, quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+) -> tuple[torch.Tensor, ...]:
+    """``quantize(weight_NK)``, some rows at a time; its results have a row for each row."""
+    num_rows, num_columns = weight_NK.shape
+    step = max(WEIGHTS_AT_A_TIME.get(weight_NK.device.type, 1 << 25) // max(num_columns, 1), 1)
+    if num_rows <= step:
+        return quantize(weight_NK)
+    whole: tuple[torch.Tensor, ...] = ()
+    for start in range(0, num_rows, step):
+        parts = quantize(weight_NK[start : start + step])
+        if not whole:
+            whole = tuple(part.new_empty((num_rows, *part.shape[1:])) for part in parts)
+        for tensor, part in zip(whole, parts, strict=True):
+            tensor[start : start + step] = part
+    return whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,16 +63,16 @@ def quantize_int8_per_channel(weight_NK: torch.Tensor) -> Int8Weight:
     Args:
         weight_NK: floating point [N, K].
     """
+    values_NK, scales_N1 = _by_rows(weight_NK, _int8_rows)
+    return Int8Weight(values_NK=values_NK, scales_N1=scales_N1)
+
+
+def _int8_rows(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weight_float_NK = weight_NK.to(torch.float32)
     largest_N1 = weight_float_NK.abs().amax(dim=1, keepdim=True)
     scales_N1 = torch.where(largest_N1 > 0, largest_N1 / INT8_MAX, torch.ones_like(largest_N1))
-    # In place on the float32 copy: the extra memory stays at one layer.
-    if weight_float_NK is weight_NK:
-        weight_float_NK = weight_NK * scales_N1.reciprocal()
-    else:
-        weight_float_NK.mul_(scales_N1.reciprocal())
-    values_NK = weight_float_NK.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
-    return Int8Weight(values_NK=values_NK, scales_N1=scales_N1)
+    values_NK = (weight_float_NK * scales_N1.reciprocal()).round_().clamp_(-INT8_MAX, INT8_MAX)
+    return values_NK.to(torch.int8), scales_N1
 
 
 def dequantize_int8(weight: Int8Weight) -> torch.Tensor:
@@ -103,10 +126,25 @@ def quantize_int4_groups(
     Raises:
         ValueError: K is no multiple of ``group_size``, or ``group_size`` none of 8.
     """
+    check_int4_groups(weight_NK.shape[1], group_size)
+    packed_NP, scales_NG, *zeros_NG = _by_rows(
+        weight_NK, partial(_int4_rows, group_size=group_size, symmetric=symmetric)
+    )
+    return Int4Weight(
+        packed_NP=packed_NP,
+        scales_NG=scales_NG,
+        zeros_NG=zeros_NG[0] if zeros_NG else None,
+        group_size=group_size,
+    )
+
+
+def _int4_rows(
+    weight_NK: torch.Tensor, *, group_size: int, symmetric: bool
+) -> tuple[torch.Tensor, ...]:
+    """Packed codes, scales, and zero points unless symmetric."""
     num_rows, num_columns = weight_NK.shape
-    check_int4_groups(num_columns, group_size)
     groups_NGS = weight_NK.to(torch.float32).view(num_rows, -1, group_size)
-    zeros_NG: torch.Tensor | None = None
+    zeros: tuple[torch.Tensor, ...] = ()
     if symmetric:
         span_NG = groups_NGS.abs().amax(dim=2) / 7.5
         scales_NG = torch.where(span_NG > 0, span_NG, torch.ones_like(span_NG))
@@ -120,15 +158,10 @@ def quantize_int4_groups(
         inverse_NG = scales_NG.reciprocal()
         zero_NG = torch.round(-lowest_NG * inverse_NG)
         codes_NGS = torch.round(groups_NGS * inverse_NG[..., None]) + zero_NG[..., None]
-        zeros_NG = zero_NG.to(torch.uint8)
+        zeros = (zero_NG.to(torch.uint8),)
     codes_NK = codes_NGS.clamp_(0, INT4_MAX_CODE).to(torch.uint8).view(num_rows, num_columns)
     bytes_NB = codes_NK[:, 0::2] | (codes_NK[:, 1::2] << 4)
-    return Int4Weight(
-        packed_NP=bytes_NB.contiguous().view(torch.int32),
-        scales_NG=scales_NG,
-        zeros_NG=zeros_NG,
-        group_size=group_size,
-    )
+    return (bytes_NB.contiguous().view(torch.int32), scales_NG, *zeros)
 
 
 def unpack_int4_codes(weight: Int4Weight) -> torch.Tensor:
@@ -152,11 +185,16 @@ def dequantize_int4(weight: Int4Weight) -> torch.Tensor:
 
 def quantize_fp8_per_channel(weight_NK: torch.Tensor) -> Fp8Weight:
     """Scale each output channel so that its largest magnitude is e4m3's, then round."""
+    values_NK, scales_N1 = _by_rows(weight_NK, _fp8_rows)
+    return Fp8Weight(values_NK=values_NK, scales_N1=scales_N1)
+
+
+def _fp8_rows(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weight_float_NK = weight_NK.to(torch.float32)
     largest_N1 = weight_float_NK.abs().amax(dim=1, keepdim=True)
     scales_N1 = torch.where(largest_N1 > 0, largest_N1 / FP8_MAX, torch.ones_like(largest_N1))
-    values_NK = (weight_float_NK * scales_N1.reciprocal()).clamp_(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
-    return Fp8Weight(values_NK=values_NK, scales_N1=scales_N1)
+    values_NK = (weight_float_NK * scales_N1.reciprocal()).clamp_(-FP8_MAX, FP8_MAX)
+    return values_NK.to(FP8_DTYPE), scales_N1
 
 
 def dequantize_fp8(weight: Fp8Weight) -> torch.Tensor:

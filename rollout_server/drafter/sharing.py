@@ -14,7 +14,10 @@ from typing import Any
 
 from torch.nn import Module
 from vllm.model_executor.layers.linear import LinearBase
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 from rollout_server.drafter.plan import DRAFT_PREFIX
 from rollout_server.drafter.quantization import DraftLinearMethod
@@ -27,6 +30,25 @@ def draft_linear_methods(drafter: Module) -> dict[str, DraftLinearMethod]:
         for name, module in drafter.named_modules()
         if isinstance(getattr(module, "quant_method", None), DraftLinearMethod)
     }
+
+
+def token_embedding(model: Module) -> tuple[str, Module]:
+    """Name and module of the token embedding, with which a tied LM head shares its weight.
+
+    Llama and most others call it ``model.embed_tokens``, GPT-2 ``transformer.wte``, OPT
+    ``model.decoder.embed_tokens``.
+
+    Raises:
+        RuntimeError: the model has none, or several.
+    """
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    ]
+    if len(found) != 1:
+        raise RuntimeError(f"the model has {len(found)} token embeddings, one was expected")
+    return found[0]
 
 
 def share_target_modules(drafter: Module, target: Module) -> None:

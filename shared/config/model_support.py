@@ -14,6 +14,7 @@ from typing import Any
 
 from shared.config import model_properties as properties
 from shared.config.engine import DrafterConfig, EngineConfig
+from shared.config.linear_layers import check_int4_groups
 from shared.config.model_properties import Model
 from shared.config.run import RunConfig
 from shared.errors import ConfigurationError
@@ -139,6 +140,7 @@ def check_model_support(model: Model, engine: EngineConfig, drafter: DrafterConf
             f"the model has {found} and cannot be served: {refusal.reason}", param="model.path"
         )
     check_tensor_parallel_size(model, engine.tensor_parallel_size)
+    check_int4_groups(model, drafter, engine.tensor_parallel_size)
 
 
 def check_tensor_parallel_size(model: Model, tensor_parallel_size: int) -> None:

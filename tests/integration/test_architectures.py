@@ -20,6 +20,7 @@ from tests.support.architectures import (
     ARCHITECTURES,
     GEMMA3,
     MIXTURES_OF_EXPERTS,
+    MORE_ARCHITECTURES,
     QWEN2,
     QWEN3_MOE,
     Architecture,
@@ -37,8 +38,8 @@ from tests.support.models import greedy_reference, random_prompts
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
 PROOF = os.environ.get("PROOF") == "1"
-DRAFTING = ARCHITECTURES if PROOF else (QWEN2,)
-EXACT = ARCHITECTURES if PROOF else (GEMMA3,)
+DRAFTING = ARCHITECTURES + MORE_ARCHITECTURES if PROOF else (QWEN2,)
+EXACT = ARCHITECTURES + MORE_ARCHITECTURES if PROOF else (GEMMA3,)
 MIXTURES = MIXTURES_OF_EXPERTS if PROOF else (QWEN3_MOE,)
 
 NUM_TOKENS = 48

@@ -79,6 +79,7 @@ async def test_no_step_writes_outside_the_slots_of_its_own_requests(
     num_preemptions = (await crowded.load())["num_preemptions"] - preemptions_before
     assert report["messages"] == []
     assert report["num_stray_slots"] == 0
+    assert report["num_foreign_slots"] == 0
     assert report["num_provisional_slots"] > 1000, "nothing was drafted"
     assert num_preemptions > 0
     outputs = [group[0].token_ids for group in drafted]
@@ -100,6 +101,21 @@ async def test_the_guard_sees_a_single_stray_slot(crowded: EngineActor) -> None:
         await generate(crowded, [[4, 5, 6]], greedy(6))
     assert report["num_stray_slots"] >= 1
     assert "block 23 slot 17" in report["messages"][0]
+
+
+async def test_the_guard_sees_entries_in_the_reserved_slots_of_another_request(
+    crowded: EngineActor,
+) -> None:
+    # Verification overwrites such entries too: neither the output nor the bytes afterwards tell.
+    await speculate(crowded, 3)
+    async with guarded(crowded) as report:
+        await probe(crowded, "probe_swap_draft_slots")
+        try:
+            await generate(crowded, [[4, 5, 6], [7, 8, 9]], greedy(12))
+        finally:
+            await probe(crowded, "probe_take_swap_back")
+    assert report["num_foreign_slots"] >= 1
+    assert report["num_stray_slots"] == 0
 
 
 async def test_blocks_in_the_prefix_cache_and_of_idle_requests_survive_speculation_beside_them(

@@ -134,6 +134,32 @@ GEMMA3 = architecture(
     layer_types=["sliding_attention", "full_attention"],
 )
 """Sliding and full layers, each kind with its own rotary embedding."""
+PHI3 = architecture("phi3", "phi3")
+"""q, k, v and gate, up are fused in the checkpoint too."""
+OLMO2 = architecture("olmo2", "olmo2")
+"""Runs on vLLM's Transformers backend, which replaces layers of Hugging Face's own model."""
+GPT2 = architecture(
+    "gpt2",
+    "gpt2",
+    tied=True,
+    n_embd=128,
+    n_inner=256,
+    n_layer=2,
+    n_head=4,
+    n_positions=CONTEXT_LENGTH,
+    num_key_value_heads=4,
+)
+"""Learned positions, layer norms, weights stored transposed, other names for everything."""
+OPT = architecture(
+    "opt",
+    "opt",
+    tied=True,
+    ffn_dim=256,
+    word_embed_proj_dim=128,
+    num_key_value_heads=4,
+    init_std=WEIGHT_STD,
+)
+"""Learned positions with an offset, layer norms, biases; vLLM gives its head no quantization."""
 QWEN3_MOE = architecture(
     "qwen3_moe",
     "qwen3_moe",
@@ -146,4 +172,6 @@ MIXTRAL = architecture("mixtral", "mixtral", num_local_experts=4, num_experts_pe
 
 ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3)
 """Those that draft. The proof of losslessness runs over all of them."""
+MORE_ARCHITECTURES: tuple[Architecture, ...] = (PHI3, OLMO2, GPT2, OPT)
+"""These draft too; the long form of ``test_architectures.py`` has them, the proof has not."""
 MIXTURES_OF_EXPERTS: tuple[Architecture, ...] = (QWEN3_MOE, MIXTRAL)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm import _custom_ops as ops
 
 POISON = 1e4
 """Finite, since attention multiplies what it masks by zero; large enough to change any output."""
@@ -27,6 +28,8 @@ class KvReport:
     num_poisoned_slots: int = 0
     num_stray_slots: int = 0
     """Slots written outside of those reserved for a request of the step."""
+    num_foreign_slots: int = 0
+    """Slots that the drafter wrote for a request and that are not reserved for that request."""
     messages: list[str] = field(default_factory=list)
 
 
@@ -35,8 +38,6 @@ def slot_order(kv_BX: torch.Tensor, block_size: int, isa: str) -> torch.Tensor:
 
     CPU attention packs keys within a block, so a slot's elements do not lie together.
     """
-    from vllm import _custom_ops as ops
-
     _, num_heads, _, two_head_sizes = kv_BX.shape
     scratch = torch.full_like(kv_BX[:1], -1.0)
     keys, values = scratch.view(1, num_heads, block_size * 2, -1).chunk(2, dim=2)
@@ -58,6 +59,9 @@ class KvGuard:
     computes (prompt chunk, newest token and drafts to verify) and as many after them as it drafts.
     Everything else has to stay bit for bit what it was: blocks of other requests, of requests that
     are not in this step, of finished ones in the prefix cache, free blocks and the null block.
+
+    Bytes do not tell on whose behalf a slot was written, so the drafter's calls of the kernel that
+    writes KV are watched as well: row r of a draft pass may write request r's own slots only.
     """
 
     def __init__(self, runner: Any, *, poison: bool) -> None:
@@ -80,10 +84,18 @@ class KvGuard:
         self._scheduled: Any = None
         self._execute_model = runner.execute_model
         self._sample_tokens = runner.sample_tokens
+        self._reserved: dict[str, set[int]] = {}
+        self._is_drafting = False
+        self._propose = runner.drafter.propose
+        self._write = ops.cpu_attn_reshape_and_cache
         runner.execute_model = self._before_step
         runner.sample_tokens = self._after_step
+        runner.drafter.propose = self._watched_propose
+        ops.cpu_attn_reshape_and_cache = self._watched_write
 
     def uninstall(self) -> None:
+        ops.cpu_attn_reshape_and_cache = self._write
+        self._runner.drafter.propose = self._propose
         self._runner.execute_model = self._execute_model
         self._runner.sample_tokens = self._sample_tokens
 
@@ -100,6 +112,7 @@ class KvGuard:
                 self._finished[request_id] = self._valid_kv(request_id)
         self._before = [cache.clone() for cache in self._caches]
         self._scheduled = scheduler_output
+        self._reserved = {}
         return self._execute_model(scheduler_output, *args, **kwargs)
 
     def _after_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +126,52 @@ class KvGuard:
             self.num_positions += self._scheduled.total_num_scheduled_tokens
         self._scheduled = None
         return result
+
+    def _watched_propose(self, *args: Any, **kwargs: Any) -> Any:
+        self._is_drafting = True
+        try:
+            return self._propose(*args, **kwargs)
+        finally:
+            self._is_drafting = False
+
+    def _watched_write(
+        self,
+        key: Any,
+        value: Any,
+        key_cache: Any,
+        value_cache: Any,
+        slots: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if self._is_drafting:
+            self._check_owners(slots.tolist())
+        self._write(key, value, key_cache, value_cache, slots, *args, **kwargs)
+
+    def _check_owners(self, slot_of_row: list[int]) -> None:
+        # Rows after the requests are padding, and have negative slots as what is past the context.
+        for request_id, slot in zip(self._runner.input_batch.req_ids, slot_of_row, strict=False):
+            if slot >= 0 and slot not in self._reserved_slots(request_id):
+                self.report.num_foreign_slots += 1
+                self._say(f"step {self.report.num_steps + 1}: slot {slot} is not of {request_id}")
+
+    def _reserved_slots(self, request_id: str) -> set[int]:
+        """What the running step may write for a request, as vLLM numbers slots."""
+        if request_id not in self._reserved:
+            scheduled, blocks = self._scheduled, self._blocks(request_id)
+            first = self._first_positions(scheduled)[request_id]
+            end = first + scheduled.num_scheduled_tokens[request_id]
+            end = min(end + scheduled.num_spec_tokens_to_schedule, len(blocks) * self._block_size)
+            self._reserved[request_id] = {
+                blocks[position // self._block_size] * self._block_size
+                + position % self._block_size
+                for position in range(first, end)
+            }
+        return self._reserved[request_id]
+
+    def _say(self, message: str) -> None:
+        if len(self.report.messages) < MAX_MESSAGES:
+            self.report.messages.append(message)
 
     def _first_positions(self, scheduled: Any) -> dict[str, int]:
         first = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
@@ -150,10 +209,7 @@ class KvGuard:
             stray = changed & ~target & ~provisional
             report.num_stray_slots += int(stray.sum())
             for block, slot in stray.nonzero().tolist():
-                if len(report.messages) < MAX_MESSAGES:
-                    report.messages.append(
-                        f"step {report.num_steps}, layer {layer}: block {block} slot {slot}"
-                    )
+                self._say(f"step {report.num_steps}, layer {layer}: block {block} slot {slot}")
 
     def _note_computed(self, scheduled: Any, result: Any) -> None:
         """Count valid positions; overwrite the rest of each request's blocks if asked to."""

@@ -38,6 +38,23 @@ class WorkerProbe(SlipstreamWorkerExtension):
         """From now on every step also writes this slot."""
         self._probe_guard.plant_stray_write_at = (block, slot)
 
+    def probe_swap_draft_slots(self) -> None:
+        """Planted error: the drafter writes each request's entries where another's belong."""
+        proposer: Any = SelfDraftProposer.active
+        move_on = proposer._update_positions_dependent_metadata
+
+        def swapped(positions: Any, metadata: Any, batch_size: int, *args: Any) -> torch.Tensor:
+            result = move_on(positions, metadata, batch_size, *args)
+            slots = proposer._slot_mapping_buffer[:batch_size]
+            slots.copy_(slots.flip(0))
+            return result
+
+        proposer._update_positions_dependent_metadata = swapped
+
+    def probe_take_swap_back(self) -> None:
+        proposer: Any = SelfDraftProposer.active
+        del proposer._update_positions_dependent_metadata
+
     def probe_kv_report(self) -> dict[str, Any]:
         """``KvReport`` since the guard was installed; the guard is taken out."""
         self._probe_guard.uninstall()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +14,13 @@ from hypothesis import strategies as st
 
 from rollout_server.drafter.lag import is_rebuild_due
 from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan, resolve_scheme
-from rollout_server.drafter.schemes import dequantize_int8, quantize_int8_per_channel
+from rollout_server.drafter.schemes import (
+    WEIGHTS_AT_A_TIME,
+    dequantize_int8,
+    quantize_fp8_per_channel,
+    quantize_int4_groups,
+    quantize_int8_per_channel,
+)
 from shared.config.engine import DrafterConfig
 from shared.types import DrafterScheme
 
@@ -32,6 +43,30 @@ def test_the_given_weight_is_not_changed() -> None:
     before = weight.clone()
     quantize_int8_per_channel(weight)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        quantize_int8_per_channel,
+        quantize_fp8_per_channel,
+        partial(quantize_int4_groups, group_size=128, symmetric=True),
+        partial(quantize_int4_groups, group_size=128, symmetric=False),
+    ],
+    ids=["int8", "fp8", "int4", "int4-asymmetric"],
+)
+def test_a_weight_quantized_in_pieces_is_what_its_parts_are(
+    quantize: Callable[[torch.Tensor], Any],
+) -> None:
+    num_rows, num_columns = 300, 256
+    assert num_rows * num_columns > WEIGHTS_AT_A_TIME["cpu"] > num_rows * num_columns // 2
+    weight = torch.randn(num_rows, num_columns, generator=torch.Generator().manual_seed(0))
+    whole, parts = quantize(weight), [quantize(half) for half in weight.split(num_rows // 2)]
+    for field in fields(whole):
+        values = [getattr(part, field.name) for part in parts]
+        if isinstance(values[0], torch.Tensor):
+            expected = torch.cat([value.view(torch.uint8) for value in values])
+            assert torch.equal(getattr(whole, field.name).view(torch.uint8), expected)
 
 
 @settings(deadline=None, max_examples=50)

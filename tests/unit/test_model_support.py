@@ -159,6 +159,75 @@ def test_a_tensor_parallel_size_that_cuts_heads_is_refused() -> None:
     )
 
 
+INT4 = {"scheme": "int4"}
+UNEVEN_FOR_INT4 = {
+    "intermediate": (
+        {"intermediate_size": 4928},
+        {},
+        1,
+        "drafter.int4_group_size 128 does not divide the 4928 input channels of down_proj "
+        "(intermediate_size 4928); set drafter.int4_group_size: 64",
+    ),
+    "ranks": (
+        {"hidden_size": 896, "num_attention_heads": 14, "intermediate_size": 4864},
+        {},
+        2,
+        "drafter.int4_group_size 128 does not divide the 448 input channels of o_proj "
+        "(14 heads of 64 over engine.tensor_parallel_size 2); set drafter.int4_group_size: 64",
+    ),
+    "hidden": (
+        {"hidden_size": 96, "head_dim": 32},
+        {},
+        1,
+        "drafter.int4_group_size 128 does not divide the 96 input channels of qkv_proj, "
+        "gate_up_proj, lm_head (hidden_size 96); set drafter.int4_group_size: 32",
+    ),
+    "nothing fits": (
+        {"intermediate_size": 144},
+        {"int4_group_size": 32},
+        1,
+        "drafter.int4_group_size 32 does not divide the 144 input channels of down_proj "
+        "(intermediate_size 144); no group size does: leave such layers to the target with "
+        "drafter.exclude [down_proj], or set drafter.scheme: int8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN_FOR_INT4)
+def test_int4_groups_that_do_not_divide_a_ranks_layers_are_refused(name: str) -> None:
+    changes, drafter, ranks, message = UNEVEN_FOR_INT4[name]
+    model = {**LLAMA, **changes}
+    engine = EngineConfig(tensor_parallel_size=ranks)
+    with pytest.raises(ConfigurationError) as error:
+        check_model_support(model, engine, DrafterConfig.model_validate({**INT4, **drafter}))
+    assert error.value.message == message
+    assert error.value.param == "drafter.int4_group_size"
+    # ``auto`` takes smaller groups by itself, and int8 has none.
+    for scheme in ("auto", "int8"):
+        settings = {**INT4, **drafter, "scheme": scheme}
+        check_model_support(model, engine, DrafterConfig.model_validate(settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "drafter", "ranks"),
+    [
+        ({"intermediate_size": 4864}, {}, 1),
+        ({"intermediate_size": 144}, {"exclude": [r"mlp\.down_proj"]}, 1),
+        ({"intermediate_size": 192}, {"int4_group_size": 64}, 1),
+        ({"hidden_size": 256, "intermediate_size": 512}, {}, 2),
+        ({"hidden_size": None, "n_embd": 768, "n_head": 12, "n_inner": None}, {}, 2),
+    ],
+)
+def test_int4_groups_that_divide_what_is_quantized_are_let_through(
+    changes: dict[str, Any], drafter: dict[str, Any], ranks: int
+) -> None:
+    check_model_support(
+        {**LLAMA, **changes},
+        EngineConfig(tensor_parallel_size=ranks),
+        DrafterConfig.model_validate({**INT4, **drafter}),
+    )
+
+
 REFUSED_ARGUMENTS = {
     "enable_lora": (
         True,

@@ -113,6 +113,11 @@ class RowsKernel:
         return not (first_row % self.matmul.row_multiple or num_rows % self.matmul.row_multiple)
 
 
+def has_ops(names: tuple[str, ...]) -> bool:
+    """Whether vLLM's build for this processor has these kernels (``torch.ops._C``)."""
+    return all(hasattr(torch.ops._C, name) for name in names)
+
+
 def num_tensor_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes of the elements of all tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -10,8 +10,8 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import cutlass_fp8_supported
 
-from rollout_server.drafter.kernels.base import LayerShape, num_tensor_bytes
-from rollout_server.drafter.schemes import FP8_DTYPE, FP8_MAX, Fp8Weight
+from rollout_server.drafter.kernels.channel_buffers import ChannelBuffers
+from rollout_server.drafter.schemes import FP8_DTYPE, FP8_MAX
 
 
 def has_fast_fp8(device_type: str) -> bool:
@@ -19,40 +19,11 @@ def has_fast_fp8(device_type: str) -> bool:
     return device_type == "cuda" and bool(cutlass_fp8_supported())
 
 
-class _Fp8Buffers:
-    """The packed weight, whose addresses stay across pushes."""
-
-    def __init__(self, shape: LayerShape) -> None:
-        self._shape = shape
-        self._values_KN: torch.Tensor | None = None
-        self._scales_N1: torch.Tensor | None = None
-
-    def pack(self, weight: Fp8Weight) -> None:
-        if self._values_KN is None or self._scales_N1 is None:
-            # A transposed view of [N, K]: CUTLASS wants the weight column-major.
-            self._values_KN = weight.values_NK.clone().t()
-            self._scales_N1 = weight.scales_N1.clone()
-            return
-        self._values_KN.copy_(weight.values_NK.t())
-        self._scales_N1.copy_(weight.scales_N1)
-
-    def _packed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._values_KN is not None, "drafter layer used before its weight was packed"
-        assert self._scales_N1 is not None
-        return self._values_KN, self._scales_N1
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self._values_KN, self._scales_N1) if t is not None]
-
-    def num_bytes(self) -> int:
-        return num_tensor_bytes(self.tensors())
-
-
-class CutlassFp8Matmul(_Fp8Buffers):
+class CutlassFp8Matmul(ChannelBuffers):
     """Activations rounded to e4m3 per token, multiplied by CUTLASS."""
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        values_KN, scales_N1 = self._packed()
+        values_KN, scales_N1 = self.packed()
         dtype = self._shape.kernel_dtype
         x_2d = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         quantized, scales = ops.scaled_fp8_quant(x_2d, use_per_token_if_dynamic=True)
@@ -61,7 +32,7 @@ class CutlassFp8Matmul(_Fp8Buffers):
         return out.to(x.dtype).view(*x.shape[:-1], self._shape.num_outputs)
 
 
-class PlainFp8Matmul(_Fp8Buffers):
+class PlainFp8Matmul(ChannelBuffers):
     """The same arithmetic without a float8 kernel: the weight is widened at every call.
 
     It saves memory and costs time: a 2048 x 8192 layer takes about 90 ms at batch 1 on two cores
@@ -70,7 +41,7 @@ class PlainFp8Matmul(_Fp8Buffers):
     """
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        values_KN, scales_N1 = self._packed()
+        values_KN, scales_N1 = self.packed()
         x_float = x.to(torch.float32)
         largest = x_float.abs().amax(dim=-1, keepdim=True)
         scales = torch.where(largest > 0, largest / FP8_MAX, torch.ones_like(largest))

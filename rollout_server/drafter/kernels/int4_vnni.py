@@ -24,16 +24,27 @@ Leans on (vLLM 0.32.0): ``torch.ops._C.int4_scaled_mm_cpu`` and the layout that
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+from vllm import _custom_ops as ops
 
-from rollout_server.drafter.kernels.base import LayerShape, UnsupportedLayerError, num_tensor_bytes
+from rollout_server.drafter.kernels.base import (
+    LayerShape,
+    UnsupportedLayerError,
+    has_ops,
+    num_tensor_bytes,
+)
 from rollout_server.drafter.schemes import (
     INT4_SYMMETRIC_ZERO_CODE,
     Int4Weight,
+    dequantize_int4,
+    quantize_int4_groups,
     unpack_int4_codes,
 )
 
+OPTIONAL_OPS = ("int4_scaled_mm_cpu",)
+"""Not in every build of vLLM: without it, or if it multiplies wrongly, WNA16 takes the layer."""
 BLOCK_OUTPUTS = 32
 MAX_ROWS_WITHOUT_AMX = 4
 """Measured: 5 to 7 rows cost more per row, from 8 on the kernel is several times slower."""
@@ -48,11 +59,30 @@ class VnniInt4Weight:
     scales: torch.Tensor  # float32 [N / 32, g, 32]
 
 
+@lru_cache(maxsize=1)
 def is_available() -> bool:
-    """Whether this CPU and this vLLM have the kernel."""
-    return hasattr(torch.ops._C, "int4_scaled_mm_cpu") and bool(
+    """Whether this CPU and this vLLM have the kernel: it is tried once, since vLLM promises it for
+    AMX only, and promises nothing of the layout that is packed here."""
+    assert ops is not None  # importing it registers the ops
+    if not has_ops(OPTIONAL_OPS) or not (
         torch.cpu._is_vnni_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    ):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight_NK = torch.randn(64, 128, generator=generator, dtype=torch.float32)
+    x = torch.randn(3, 128, generator=generator, dtype=torch.float32)
+    # Asymmetric: a zero point that is left out, or put elsewhere, shows.
+    quantized = quantize_int4_groups(weight_NK + 0.5, group_size=32, symmetric=False)
+    shape = LayerShape(num_outputs=64, num_inputs=128, dtype=torch.float32)
+    matmul = VnniInt4Matmul(shape, group_size=32)
+    try:
+        matmul.pack(quantized)
+        out = matmul.apply(x, None)
+    except RuntimeError:
+        # The op is there but refuses to run on this processor, or takes other arguments.
+        return False
+    expected = x @ dequantize_int4(quantized).t()
+    return bool((out - expected).norm() < 0.05 * expected.norm())
 
 
 def pack_for_vnni(weight: Int4Weight) -> VnniInt4Weight:

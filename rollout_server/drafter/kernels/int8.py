@@ -13,6 +13,7 @@ import torch
 from vllm import _custom_ops as ops
 
 from rollout_server.drafter.kernels.base import LayerShape, num_tensor_bytes
+from rollout_server.drafter.kernels.channel_buffers import ChannelBuffers
 from rollout_server.drafter.schemes import Int8Weight
 
 ONEDNN_PRIMITIVE_CACHE_SIZE = 32
@@ -85,26 +86,15 @@ class OnednnInt8Matmul:
         return self._num_outputs * self._num_inputs + num_tensor_bytes([self._scales])
 
 
-class CudaInt8Matmul:
+class CudaInt8Matmul(ChannelBuffers):
     """CUTLASS on sm75 to sm90, vLLM's Triton kernel from sm100 on."""
 
     def __init__(self, shape: LayerShape, *, compute_capability: int | None) -> None:
-        self._shape = shape
-        self._values_KN: torch.Tensor | None = None
-        self._scales_N1: torch.Tensor | None = None
+        super().__init__(shape)
         self._use_triton = (compute_capability or 0) >= BLACKWELL_CAPABILITY
 
-    def pack(self, weight: Int8Weight) -> None:
-        if self._values_KN is None or self._scales_N1 is None:
-            # A transposed view of [N, K]: the kernels want the weight column-major.
-            self._values_KN = weight.values_NK.clone().t()
-            self._scales_N1 = weight.scales_N1.clone()
-            return
-        self._values_KN.copy_(weight.values_NK.t())
-        self._scales_N1.copy_(weight.scales_N1)
-
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        assert self._values_KN is not None, "drafter layer used before its weight was packed"
+        values_KN, scales_N1 = self.packed()
         dtype = self._shape.kernel_dtype
         x_2d = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         quantized, scales, _ = ops.scaled_int8_quant(x_2d, None, None, True)
@@ -115,15 +105,7 @@ class CudaInt8Matmul:
                 triton_scaled_mm,
             )
 
-            out = triton_scaled_mm(quantized, self._values_KN, scales, self._scales_N1, dtype, bias)
+            out = triton_scaled_mm(quantized, values_KN, scales, scales_N1, dtype, bias)
         else:
-            out = ops.cutlass_scaled_mm(
-                quantized, self._values_KN, scales, self._scales_N1, dtype, bias
-            )
+            out = ops.cutlass_scaled_mm(quantized, values_KN, scales, scales_N1, dtype, bias)
         return out.to(x.dtype).view(*x.shape[:-1], self._shape.num_outputs)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self._values_KN, self._scales_N1) if t is not None]
-
-    def num_bytes(self) -> int:
-        return num_tensor_bytes(self.tensors())

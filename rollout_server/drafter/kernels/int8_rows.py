@@ -18,8 +18,10 @@ from functools import lru_cache
 import torch
 from vllm import _custom_ops as ops
 
-from rollout_server.drafter.kernels.base import LayerShape, num_tensor_bytes
+from rollout_server.drafter.kernels.base import LayerShape, has_ops, num_tensor_bytes
 
+OPTIONAL_OPS = ("int8_scaled_mm_with_quant", "convert_weight_packed")
+"""Not in every build of vLLM: without them, or if they multiply wrongly, oneDNN takes the layer."""
 ROW_MULTIPLE = 32
 COLUMN_MULTIPLE = 32
 COMPENSATION_BYTES = 4  # per output channel
@@ -82,9 +84,9 @@ def takes_int8_rows(shape: LayerShape) -> bool:
 @lru_cache(maxsize=1)
 def _kernel_works() -> bool:
     """Try it once: vLLM promises it for AMX only, and builds it for some instruction sets."""
-    if not torch.cpu._is_vnni_supported() or not hasattr(torch.ops._C, "int8_scaled_mm_with_quant"):
-        return False
     assert ops is not None  # importing it registers the ops
+    if not torch.cpu._is_vnni_supported() or not has_ops(OPTIONAL_OPS):
+        return False
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 128, generator=generator)
     x = torch.randn(3, 128, generator=generator)
@@ -93,7 +95,7 @@ def _kernel_works() -> bool:
         matmul.pack_rows(weight, 0)
         out = matmul.apply(x, None)
     except RuntimeError:
-        # The op is there but refuses to run on this processor.
+        # The op is there but refuses to run on this processor, or takes other arguments.
         return False
     expected = x @ weight.t()
     return bool((out - expected).norm() < 0.05 * expected.norm())

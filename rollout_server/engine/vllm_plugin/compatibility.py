@@ -151,6 +151,8 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
     ),
     Symbol("vllm.model_executor.model_loader.reload.layerwise", "finalize_layerwise_processing"),
 )
+# Not here: the ``OPTIONAL_OPS`` of ``drafter/kernels``, which vLLM builds for some processors only.
+# Whoever uses one tries it at start and has another kernel to fall back on.
 CPU_SYMBOLS: tuple[Symbol, ...] = (
     Symbol(
         "vllm.utils.cpu_triton_utils",
@@ -160,6 +162,7 @@ CPU_SYMBOLS: tuple[Symbol, ...] = (
     Symbol("vllm._custom_ops", "create_onednn_scaled_mm"),
     Symbol("torch", "ops._C.dynamic_scaled_int8_quant.default"),
     Symbol("torch", "ops._C.onednn_scaled_mm.default"),
+    Symbol("torch", "ops._C.greedy_argmax.default"),
     Symbol("vllm.model_executor.kernels.linear", "CPUWNA16LinearKernel"),
     Symbol(
         "vllm.model_executor.layers.fused_moe.experts.cpu_moe",
@@ -168,8 +171,11 @@ CPU_SYMBOLS: tuple[Symbol, ...] = (
     ),
 )
 CUDA_SYMBOLS: tuple[Symbol, ...] = (
-    Symbol("vllm._custom_ops", "scaled_int8_quant"),
-    Symbol("vllm._custom_ops", "cutlass_scaled_mm"),
+    Symbol(
+        "vllm.model_executor.layers.quantization.compressed_tensors.triton_scaled_mm",
+        "triton_scaled_mm",
+        ("input", "weight", "scale_a", "scale_b", "out_dtype", "bias"),
+    ),
     Symbol("vllm.config", "VllmConfig._maybe_override_dynamic_sd_cudagraph_mode"),
     Symbol(
         "vllm.config",

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch.nn import Module
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_processing,
     initialize_layerwise_reload,
@@ -25,7 +26,11 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 
 from rollout_server.drafter.proposer import SelfDraftProposer
 from rollout_server.drafter.requantization import requantize
-from rollout_server.drafter.sharing import draft_linear_methods, num_unshared_bytes
+from rollout_server.drafter.sharing import (
+    draft_linear_methods,
+    num_unshared_bytes,
+    token_embedding,
+)
 from rollout_server.drafter.target_packing import pack_from_target, unreadable_layers
 from rollout_server.engine.vllm_plugin.expert_repair import repack_experts
 from shared.types import DrafterScheme
@@ -115,9 +120,9 @@ def repack_tied_lm_head(model: Any) -> None:
     Removal check: the tied case of ``tests/integration/test_weight_push_engine.py``.
     """
     head = getattr(model, "lm_head", None)
-    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
-    if head is None or embedding is None or head is embedding:
+    if not isinstance(head, ParallelLMHead):
         return
+    _, embedding = token_embedding(model)
     if head.weight.data_ptr() == embedding.weight.data_ptr():
         head.quant_method.process_weights_after_loading(head)
 
