@@ -45,6 +45,8 @@ from rollout_server.speculation.steps import (
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.types import SpeculationMode
 
+FEW_REQUESTS = 32
+
 
 class _DraftLengthLookup:
     """Stands where vLLM keeps its batch-size table; indexing it gives this step's decision."""
@@ -114,7 +116,7 @@ class _SlipstreamScheduling(Scheduler):
             # Those still prefilling decode within a step or two, before drafts are verified.
             num_decode_reqs=num_reqs,
             num_kv_tokens=sum([request.num_computed_tokens for request in self.running]),
-            max_draft_tokens=max_drafts,
+            max_draft_tokens=min(max_drafts, self._longest_useful_draft()),
         )
         decision = self.speculation.decide(sample)
         self._decided = sample, decision
@@ -133,6 +135,18 @@ class _SlipstreamScheduling(Scheduler):
             num_running_reqs=len(self.running),
             num_waiting_tokens=waiting_tokens,
         )
+
+    def _longest_useful_draft(self) -> int:
+        """Nobody needs more drafts than tokens are left to the request that has most left.
+
+        Looked at only while few run: with many, some request has tokens left.
+        """
+        limit: int = self.num_spec_tokens
+        if not 0 < len(self.running) <= FEW_REQUESTS:
+            return limit
+        # This step gives one token at least, and the next one more than it verifies drafts.
+        most_left = max([r.max_tokens - r.num_output_tokens for r in self.running]) - 2
+        return min(max(most_left, 1), limit)
 
     def _give_up_drafts(self) -> None:
         for request in self.running:

@@ -26,9 +26,9 @@ class SpeculationConfig(SettingsModel):
     """Once closed, the gate opens again below ``threshold - hysteresis``."""
     min_dwell_steps: int = Field(default=8, ge=0)
     """Engine steps the gate stays closed at least, once it has closed."""
-    min_speedup: float = Field(default=1.05, ge=1.0, le=10.0)
+    min_speedup: float = Field(default=1.02, ge=1.0, le=10.0)
     """``adaptive`` begins to draft where it predicts at least this over plain decoding."""
-    switch_margin: float = Field(default=0.03, ge=0.0, le=1.0)
+    switch_margin: float = Field(default=0.01, ge=0.0, le=1.0)
     """``adaptive`` leaves a draft length for another that is better by this share."""
     exploration_fraction: float = Field(default=0.02, ge=0.0, le=0.2)
     """Share of steps that ``adaptive`` may spend on draft lengths it has not tried lately."""

@@ -79,8 +79,8 @@ class SpeculationPolicy(WireModel):
     kv_cache_threshold_tokens: int | None = None
     kv_cache_hysteresis: float
     min_dwell_steps: int
-    min_speedup: float = 1.05
-    switch_margin: float = 0.03
+    min_speedup: float = 1.02
+    switch_margin: float = 0.01
     exploration_fraction: float = 0.02
     per_request: bool = False
 
