@@ -180,7 +180,10 @@ def logprobs(section: Section) -> str:
         )
         for name, f in section.items()
     ]  # fmt: skip
-    head = ("model, scheme", "largest difference", "accepted", "recovered", "bonus")
+    head = (
+        "model, scheme", "largest difference", "accepted", "recovered, or last of a sequence",
+        "bonus",
+    )  # fmt: skip
     return (
         "Returned against recomputed by Hugging Face, over temperature, top-p, top-k and "
         "penalties; bound 1e-4.\n\n" + table(head, rows)
