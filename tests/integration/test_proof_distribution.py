@@ -26,11 +26,7 @@ from tests.support.engine import (
     probe,
     speculate,
 )
-from tests.support.judge import (
-    behaviour_logprobs,
-    completion_logits,
-    nucleus_edge_is_blurred,
-)
+from tests.support.judge import behaviour_logprobs, completion_logits, support_is_blurred
 from tests.support.statistics import exact_p_value, smallest_p_value, with_planted_error
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
@@ -66,24 +62,30 @@ class Sampled:
 
     sequences: list[list[int]]
     exact_p_value: float
+    num_set_aside: int
+    """Tokens ``exact_p_value`` says nothing about."""
     accepted_of_drafted: float
 
 
-def probabilities(model: Path, sequences: list[list[int]], sampling: SamplingOptions) -> np.ndarray:
+def probabilities(
+    model: Path, sequences: list[list[int]], sampling: SamplingOptions
+) -> tuple[np.ndarray, int]:
     """Hugging Face's, of every token given those before it: [sequences, tokens, vocabulary].
 
-    Where rounding decides what is in the nucleus, the token drawn is taken for certain, and so
-    counts neither for nor against the engine.
+    Where rounding decides which tokens are left to draw from, the token drawn is taken for certain,
+    and so counts neither for nor against the engine. How many these are comes second.
     """
     prompts = [PROMPT] * len(sequences)
     rows = []
+    num_set_aside = 0
     for scores_TV, tokens in zip(
         completion_logits(model, prompts, sequences), sequences, strict=True
     ):
         rows.append(behaviour_logprobs(scores_TV, PROMPT, tokens, sampling).exp().numpy())
-        blurred_T = nucleus_edge_is_blurred(scores_TV, PROMPT, tokens, sampling).numpy()
+        blurred_T = support_is_blurred(scores_TV, PROMPT, tokens, sampling).numpy()
         rows[-1][blurred_T] = np.eye(scores_TV.shape[1])[np.array(tokens)[blurred_T]]
-    return np.stack(rows)
+        num_set_aside += int(blurred_T.sum())
+    return np.stack(rows), num_set_aside
 
 
 async def sample(
@@ -115,9 +117,11 @@ async def sample(
     after = await engine.speculation(0)
     drafted = after.num_draft_tokens - before.num_draft_tokens
     accepted = after.num_accepted_tokens - before.num_accepted_tokens
+    exact, num_set_aside = probabilities(model, sequences, sampling)
     return Sampled(
         sequences=sequences,
-        exact_p_value=exact_p_value(sequences, probabilities(model, sequences, sampling)),
+        exact_p_value=exact_p_value(sequences, exact),
+        num_set_aside=num_set_aside,
         accepted_of_drafted=accepted / drafted if drafted else 0.0,
     )
 
@@ -151,6 +155,7 @@ async def test_tokens_pairs_and_triples_are_distributed_alike_off_on_and_switchi
         name,
         num_tokens_a_side=NUM_SEQUENCES * SEQUENCE_TOKENS,
         p_values=p_values,
+        num_set_aside=max(side.num_set_aside for side in (off, on, switching)),
         accepted_of_drafted=on.accepted_of_drafted,
         num_switches=num_switches,
     )
@@ -167,6 +172,7 @@ async def test_seeded_requests_have_the_same_distribution(
         "distribution",
         "temperature 1, a seed of its own per request",
         num_tokens_a_side=NUM_SEQUENCES * SEQUENCE_TOKENS,
+        num_set_aside=seeded.num_set_aside,
         p_values={"on against Hugging Face": seeded.exact_p_value},
         accepted_of_drafted=seeded.accepted_of_drafted,
     )
@@ -200,6 +206,7 @@ async def test_a_blunt_drafter_is_no_error(proof_engine: EngineActor, tiny_model
         "distribution",
         "temperature 1, drafter of twice the temperature",
         num_tokens_a_side=NUM_SEQUENCES * SEQUENCE_TOKENS,
+        num_set_aside=blunt.num_set_aside,
         p_values={"on against Hugging Face": blunt.exact_p_value},
         accepted_of_drafted=blunt.accepted_of_drafted,
     )

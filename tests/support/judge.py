@@ -5,6 +5,7 @@ Legend: B sequences, T completion tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +18,11 @@ from shared.schemas.rollouts import SamplingOptions
 from tests.support.models import load_reference
 
 BATCH = 32
+LOGIT_TOLERANCE = 5e-5
+"""Scores of two right float32 engines differ by less: five times the largest difference seen."""
 NUCLEUS_TOLERANCE = 1e-5
-"""Totals of float32 probabilities nearer to top-p than this may fall on either side of it."""
+"""Totals of float32 probabilities nearer to top-p than this may fall on either side of it. Scores
+moved by ``LOGIT_TOLERANCE`` move a total P by at most 2 P (1 - P) of that: 0.9e-5 at P = 0.9."""
 
 
 @lru_cache(maxsize=16)
@@ -91,7 +95,8 @@ def behaviour_logprobs(
 
     Written out from the definitions, not from vLLM's code; -inf where a token cannot be sampled.
     """
-    scores_TV = _scores_before_top_p(logits_TV, prompt, completion, sampling)
+    scores_TV = _scaled_scores(logits_TV, prompt, completion, sampling)
+    scores_TV = _after_top_k(_after_min_p(scores_TV, sampling), sampling)
     if sampling.top_p < 1.0:
         ranked_TV, order_TV = scores_TV.softmax(dim=-1).sort(dim=-1, descending=True)
         # The nucleus: the most probable tokens up to the first whose total reaches top_p.
@@ -101,21 +106,33 @@ def behaviour_logprobs(
     return scores_TV.log_softmax(dim=-1)
 
 
-def nucleus_edge_is_blurred(
+def support_is_blurred(
     logits_TV: torch.Tensor, prompt: list[int], completion: list[int], sampling: SamplingOptions
 ) -> torch.Tensor:
-    """Bool [T]: rows whose nucleus rounding decides, so that two right engines may differ.
+    """Bool [T]: rows where rounding decides what min-p, top-k or top-p leave, so that two right
+    engines may differ.
 
-    Which rows these are depends on the tokens before them only, never on the token drawn.
+    Which rows these are depends on the tokens before them only, never on the token drawn: setting
+    them aside biases nothing.
     """
-    if sampling.top_p >= 1.0:
-        return torch.zeros(logits_TV.shape[0], dtype=torch.bool)
-    scores_TV = _scores_before_top_p(logits_TV, prompt, completion, sampling)
-    totals_TV = scores_TV.softmax(dim=-1).sort(dim=-1, descending=True).values.cumsum(dim=-1)
-    return ((totals_TV - sampling.top_p).abs() < NUCLEUS_TOLERANCE).any(dim=-1)
+    scores_TV = _scaled_scores(logits_TV, prompt, completion, sampling)
+    blurred_T = torch.zeros(len(scores_TV), dtype=torch.bool)
+    if sampling.min_p:
+        below_best_TV = scores_TV.amax(dim=-1, keepdim=True) - scores_TV
+        edge = -math.log(sampling.min_p)
+        blurred_T |= ((below_best_TV - edge).abs() < LOGIT_TOLERANCE).any(dim=-1)
+        scores_TV = _after_min_p(scores_TV, sampling)
+    if sampling.top_k and sampling.top_k < scores_TV.shape[1]:
+        best_TK = scores_TV.topk(sampling.top_k + 1).values
+        blurred_T |= best_TK[:, -2] - best_TK[:, -1] < LOGIT_TOLERANCE
+        scores_TV = _after_top_k(scores_TV, sampling)
+    if sampling.top_p < 1.0:
+        totals_TV = scores_TV.softmax(dim=-1).sort(dim=-1, descending=True).values.cumsum(dim=-1)
+        blurred_T |= ((totals_TV - sampling.top_p).abs() < NUCLEUS_TOLERANCE).any(dim=-1)
+    return blurred_T
 
 
-def _scores_before_top_p(
+def _scaled_scores(
     logits_TV: torch.Tensor, prompt: list[int], completion: list[int], sampling: SamplingOptions
 ) -> torch.Tensor:
     scores_TV = logits_TV.clone()
@@ -123,15 +140,22 @@ def _scores_before_top_p(
         scores_TV[:, token] += bias
     if _has_penalties(sampling):
         _penalize(scores_TV, prompt, completion, sampling)
-    scores_TV = scores_TV / sampling.temperature
-    if sampling.min_p:
-        probabilities_TV = scores_TV.softmax(dim=-1)
-        floor_T1 = sampling.min_p * probabilities_TV.amax(dim=-1, keepdim=True)
-        scores_TV = scores_TV.masked_fill(probabilities_TV < floor_T1, float("-inf"))
-    if sampling.top_k:
-        kth_T1 = scores_TV.topk(min(sampling.top_k, scores_TV.shape[1])).values[:, -1:]
-        scores_TV = scores_TV.masked_fill(scores_TV < kth_T1, float("-inf"))
-    return scores_TV
+    return scores_TV / sampling.temperature
+
+
+def _after_min_p(scores_TV: torch.Tensor, sampling: SamplingOptions) -> torch.Tensor:
+    if not sampling.min_p:
+        return scores_TV
+    probabilities_TV = scores_TV.softmax(dim=-1)
+    floor_T1 = sampling.min_p * probabilities_TV.amax(dim=-1, keepdim=True)
+    return scores_TV.masked_fill(probabilities_TV < floor_T1, float("-inf"))
+
+
+def _after_top_k(scores_TV: torch.Tensor, sampling: SamplingOptions) -> torch.Tensor:
+    if not sampling.top_k:
+        return scores_TV
+    kth_T1 = scores_TV.topk(min(sampling.top_k, scores_TV.shape[1])).values[:, -1:]
+    return scores_TV.masked_fill(scores_TV < kth_T1, float("-inf"))
 
 
 def _has_penalties(sampling: SamplingOptions) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -19,14 +20,19 @@ IS_LONG = os.environ.get("PROOF") == "1"
 def record(section: str, key: str, **figures: Any) -> None:
     """Put one test's figures into the report of a long run; nothing in the short form.
 
-    A test that runs again replaces its figures, so that a long run may be done in parts.
+    A test that runs again replaces its figures, so that a long run may be done in parts, one after
+    another or side by side.
     """
     if not IS_LONG:
         return
-    report = json.loads(REPORT.read_text()) if REPORT.exists() else {}
-    report.setdefault("sections", {}).setdefault(section, {})[key] = figures
-    report["environment"] = environment()
-    REPORT.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+    with REPORT.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        report = json.loads(file.read() or "{}")
+        report.setdefault("sections", {}).setdefault(section, {})[key] = figures
+        report["environment"] = environment()
+        file.truncate(0)
+        file.write(json.dumps(report, indent=1, sort_keys=True) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -65,6 +65,16 @@ def greedy(section: Section) -> str:
     )
 
 
+def experts(section: Section) -> str:
+    rows = [
+        (name, f["num_prompts"], f["num_tokens"], f["num_wrong"], f["smallest_margin"])
+        for name, f in section.items()
+    ]
+    return "Served without a drafter; one is refused with the reason.\n\n" + table(
+        ("model", "prompts", "tokens", "wrong", "smallest margin"), rows
+    )
+
+
 def crowded(section: Section) -> str:
     rows = [
         (name, f["num_prompts"], f["num_tokens"], f["num_preemptions"], f["num_wrong"])
@@ -106,6 +116,7 @@ def distribution(section: Section) -> str:
         (
             name,
             f["num_tokens_a_side"],
+            f["num_set_aside"],
             f["accepted_of_drafted"],
             *(
                 f["p_values"].get(comparison)
@@ -121,13 +132,15 @@ def distribution(section: Section) -> str:
         for name, f in section.items()
     ]
     head = (
-        "setting", "tokens a side", "accepted of drafted", "p: off, exact", "p: on, exact",
-        "p: switching, exact", "p: on / off", "p: switching / off",
+        "setting", "tokens a side", "set aside", "accepted of drafted", "p: off, exact",
+        "p: on, exact", "p: switching, exact", "p: on / off", "p: switching / off",
     )  # fmt: skip
     return (
-        "`exact`: all tokens against Hugging Face's probabilities. The others: chi-square of "
-        "tokens, pairs and triples at every position. All p-values are Bonferroni-corrected within "
-        "their test; a test fails below 0.001.\n\n" + table(head, rows)
+        "`exact`: all tokens against Hugging Face's probabilities; a single token outside of what "
+        "min-p, top-k and top-p leave makes it 0. Where that hangs on rounding, a token is set "
+        "aside. The others: chi-square of tokens, pairs and triples at every position. All "
+        "p-values are Bonferroni-corrected within their test; a test fails below 1e-5.\n\n"
+        + table(head, rows)
     )
 
 
@@ -167,15 +180,39 @@ def logprobs(section: Section) -> str:
         )
         for name, f in section.items()
     ]  # fmt: skip
-    head = ("model, scheme", "largest difference", "accepted", "recovered", "bonus")
+    head = (
+        "model, scheme", "largest difference", "accepted", "recovered, or last of a sequence",
+        "bonus",
+    )  # fmt: skip
     return (
         "Returned against recomputed by Hugging Face, over temperature, top-p, top-k and "
         "penalties; bound 1e-4.\n\n" + table(head, rows)
     )
 
 
+def outcomes(section: Section) -> str:
+    by_file: dict[str, list[tuple[str, Figures]]] = {}
+    for key, figures in section.items():
+        file, _, test = key.partition("::")
+        by_file.setdefault(file, []).append((test, figures))
+    rows = [
+        (
+            f"`{file}`",
+            sum(f["outcome"] == "passed" for _, f in tests),
+            ", ".join(f"`{test}`" for test, f in tests if f["outcome"] != "passed") or "none",
+            round(sum(f["duration_s"] for _, f in tests)),
+        )
+        for file, tests in by_file.items()
+    ]
+    return (
+        "Every test of the long form, those without figures of their own among them.\n\n"
+        + table(("file", "passed", "failed", "seconds"), rows)
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Section], str]]] = {
     "greedy": ("Greedy equality", greedy),
+    "experts": ("Mixtures of experts", experts),
     "crowded": ("Chunked prefill, preemption and resume", crowded),
     "endings": ("Endings inside a draft", endings),
     "push_inside": ("Weight pushes inside a sequence", push_inside),
@@ -185,6 +222,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Section], str]]] = {
     "kv_equality": ("KV after speculation is that of a plain run", plain_pairs),
     "logprobs": ("Logprobs, float32", logprobs),
     "logprobs_bfloat16": ("Logprobs, bfloat16", plain_pairs),
+    "outcomes": ("Outcomes", outcomes),
 }
 
 

@@ -71,6 +71,8 @@ def exact_p_value(sequences: Sequence[Sequence[int]], probabilities: np.ndarray)
     vocab_size = probabilities.shape[-1]
     flat_NV = probabilities.reshape(-1, vocab_size).astype(np.float64)
     tokens_N = np.asarray(sequences).reshape(-1)
+    if (flat_NV[np.arange(len(tokens_N)), tokens_N] == 0).any():
+        return 0.0  # one token that cannot be drawn is proof enough
     order_NV = np.argsort(-flat_NV, axis=1, kind="stable")
     rank_N = (order_NV == tokens_N[:, None]).argmax(axis=1)
     p_values = [
@@ -83,8 +85,6 @@ def exact_p_value(sequences: Sequence[Sequence[int]], probabilities: np.ndarray)
 def _martingale_p_value(outcomes_N: np.ndarray, probabilities_NV: np.ndarray) -> float:
     expected_V = probabilities_NV.sum(axis=0)
     seen_V = np.bincount(outcomes_N, minlength=len(expected_V)).astype(np.float64)
-    if (seen_V[expected_V == 0] > 0).any():
-        return 0.0
     common = expected_V >= MIN_EXPECTED_COUNT
     # One dimension too many (everything adds up to one) is left to the rank of the covariance.
     p_NC = probabilities_NV[:, common]

@@ -22,6 +22,10 @@ REPORT: dict[str, Any] = {
             }
         },
         "kv_equality": {"int8": {"num_positions": 1234, "largest_difference": 1e-6}},
+        "outcomes": {
+            "test_proof_seeds.py::test_a": {"outcome": "passed", "duration_s": 2.2},
+            "test_proof_seeds.py::test_b[1]": {"outcome": "failed", "duration_s": 1.4},
+        },
     },
 }
 
@@ -30,6 +34,7 @@ def test_every_figure_of_a_section_is_on_the_page() -> None:
     page = render(REPORT)
     assert "| qwen3 int8 | 200 | 1 to 8, changing | 48,000 | 0 | 0.000123 | 0.52 to 0.91 |" in page
     assert "- int8: num positions: 1,234; largest difference: 1e-06" in page
+    assert "| `test_proof_seeds.py` | 1 | `test_b[1]` | 4 |" in page
     assert "Distribution equality" not in page, "a section without figures is left out"
 
 

@@ -71,6 +71,13 @@ def test_a_token_that_cannot_be_sampled_is_an_error_at_once() -> None:
     assert exact_p_value(sequences, probabilities) == 0.0
 
 
+def test_one_token_that_could_not_be_drawn_where_it_was_is_an_error_too() -> None:
+    # Elsewhere it could have been, so its expected number over all tokens is far above 0.
+    sequences, probabilities = draw(300, 3)
+    probabilities[40, 2, sequences[40][2]] = 0.0
+    assert exact_p_value(sequences, probabilities) == 0.0
+
+
 def test_planted_errors_come_at_the_given_rate() -> None:
     sequences = [[0] * 50 for _ in range(400)]
     changed = with_planted_error(sequences, token=9, rate=0.02, seed=0)
