@@ -238,4 +238,3 @@ def _passes_s(
         share = published_s / roofline_s
         return draft_s * share, verify_s * share
     return draft_s, verify_s
-

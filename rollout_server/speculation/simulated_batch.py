@@ -119,9 +119,7 @@ class SimulatedBatch:
             num_decode_reqs=int(decodes_R.sum()),
         )
 
-    def advance(
-        self, scheduled: ScheduledRows, accepted_R: np.ndarray, num_new_drafts: int
-    ) -> int:
+    def advance(self, scheduled: ScheduledRows, accepted_R: np.ndarray, num_new_drafts: int) -> int:
         """The pass is over; tokens it yielded."""
         samples_R = scheduled.samples_R
         gained_R = np.where(samples_R, np.minimum(accepted_R + 1, self.left), 0)
