@@ -68,7 +68,8 @@ class AcceptanceTracker:
     def weights_changed(self) -> None:
         """Another policy, another drafter: keep the figures as a first guess only."""
         figures = self.per_position()
-        self._first_expected = figures[0]
+        # A drafter that was bad has most likely been rebuilt: half way back to the usual.
+        self._first_expected = max(figures[0], (figures[0] + PRIOR_ACCEPTANCE) / 2)
         self._expected_ratios = [
             1.0,
             *(after / before for before, after in pairwise(figures)),
