@@ -54,7 +54,7 @@ bench: setup ## Every benchmark, one after the other
 	@$(BIN)/slipstream bench --all
 
 bench-%: setup ## One benchmark: make bench-NAME
-	@$(BIN)/slipstream bench $*
+	@$(BIN)/slipstream bench $(subst -,_,$*)
 
 gpu-check: EXTRA := cuda
 gpu-check: setup ## On a CUDA machine: every gpu test and the GPU benchmarks, one JSON (ARGS=...)

@@ -1,60 +1,42 @@
 """How likely the target accepts the drafts at each position. Pure; time is passed in.
 
-A position's figure is conditional: given that every draft before it was accepted. Two windows
-count: a long one for precision, a short one that notices when the drafter has changed under it (a
-push, another kind of prompt); when they disagree beyond chance, the long one starts again from the
-short one. What was never tried is taken to go on as the position before it.
+A position's figure is conditional: given that every draft before it was accepted. It is a moving
+average, precise as long as nothing changes; a test beside it notices when the drafter has changed
+under it (a push, another kind of prompt) and hands over the evidence since (``acceptance_change``).
+What was never tried is taken to go on as the position before it. After a push the figures of before
+are only what is expected: the evidence begins at nothing, and with it the hope to be wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from math import sqrt
 
-LONG_WINDOW = 500.0
-"""Drafts after which the long window's evidence has decayed by a factor of e."""
-SHORT_WINDOW = 40.0
+from rollout_server.speculation.acceptance_change import ChangeTest
+
+WINDOW_DRAFTS = 500.0
+"""Drafts after which evidence has decayed by a factor of e."""
 PRIOR_ACCEPTANCE = 0.8
 """Taken for a drafter nobody has tried: round-to-nearest copies are accepted at 0.8 to 0.98."""
 PRIOR_DRAFTS = 6.0
 """Drafts that the prior, or the position before, counts for."""
-ALARM_DEVIATIONS = 4.0
-"""Standard deviations between the windows that count as a change."""
-PUSH_DISCOUNT = 0.1
-"""Share of the evidence that outlives a weight push."""
+DRAFTS_OF_NOBODY = 2.0
+"""Drafts that ``PRIOR_ACCEPTANCE`` counts for once a change was noticed."""
 HALF_LIFE_S = 30.0
 """Evidence loses half its weight in this time."""
-
-
-@dataclass(slots=True)
-class _Window:
-    size: float
-    tried: list[float]
-    accepted: list[float]
-
-    @classmethod
-    def of(cls, size: float, num_positions: int) -> _Window:
-        return cls(size, [0.0] * num_positions, [0.0] * num_positions)
-
-    def add(self, tried: Sequence[int], accepted: Sequence[int]) -> None:
-        for position, count in enumerate(tried):
-            if count:
-                keep = max(1 - count / self.size, 0.0)
-                self.tried[position] = self.tried[position] * keep + count
-                self.accepted[position] = self.accepted[position] * keep + accepted[position]
-
-    def scale(self, factor: float) -> None:
-        self.tried = [count * factor for count in self.tried]
-        self.accepted = [count * factor for count in self.accepted]
 
 
 class AcceptanceTracker:
     """One engine's acceptance, for positions 1 to ``num_positions``."""
 
     def __init__(self, num_positions: int) -> None:
-        self._long = _Window.of(LONG_WINDOW, num_positions)
-        self._short = _Window.of(SHORT_WINDOW, num_positions)
+        self._tried = [0.0] * num_positions
+        self._accepted = [0.0] * num_positions
+        self._tests = (ChangeTest(num_positions, -1), ChangeTest(num_positions, 1))
+        self._first_expected = PRIOR_ACCEPTANCE
+        self._expected_ratios = [1.0] * num_positions
+        """Of a position's acceptance to that of the one before."""
         self._time_s: float | None = None
         self._cache: tuple[float, ...] | None = None
         self.num_changes_noticed = 0
@@ -71,27 +53,43 @@ class AcceptanceTracker:
         if not num_tried_per_pos or not num_tried_per_pos[0]:
             return
         self._age(time_s)
-        self._long.add(num_tried_per_pos, num_accepted_per_pos)
-        self._short.add(num_tried_per_pos, num_accepted_per_pos)
-        if self._windows_disagree():
-            self._long.tried = list(self._short.tried)
-            self._long.accepted = list(self._short.accepted)
-            self.num_changes_noticed += 1
+        before = self.per_position()
+        for position, count in enumerate(num_tried_per_pos):
+            if count:
+                keep = max(1 - count / WINDOW_DRAFTS, 0.0)
+                self._tried[position] = self._tried[position] * keep + count
+                hits = num_accepted_per_pos[position]
+                self._accepted[position] = self._accepted[position] * keep + hits
+        for test in self._tests:
+            if test.observe(num_tried_per_pos, num_accepted_per_pos, before):
+                self._start_again(test)
         self._cache = None
 
     def weights_changed(self) -> None:
         """Another policy, another drafter: keep the figures as a first guess only."""
-        self._long.scale(PUSH_DISCOUNT)
-        self._short.scale(PUSH_DISCOUNT)
+        figures = self.per_position()
+        # A drafter that was bad has most likely been rebuilt: half way back to the usual.
+        self._first_expected = max(figures[0], (figures[0] + PRIOR_ACCEPTANCE) / 2)
+        self._expected_ratios = [
+            1.0,
+            *(after / before for before, after in pairwise(figures)),
+        ]
+        self._tried = [0.0] * len(figures)
+        self._accepted = [0.0] * len(figures)
+        for test in self._tests:
+            test.reset()
         self._cache = None
 
     def per_position(self) -> tuple[float, ...]:
         """Conditional acceptance, [num_positions]."""
         if self._cache is None:
             figures: list[float] = []
-            before = PRIOR_ACCEPTANCE
-            for tried, accepted in zip(self._long.tried, self._long.accepted, strict=True):
-                before = (accepted + before * PRIOR_DRAFTS) / (tried + PRIOR_DRAFTS)
+            before = self._first_expected
+            for tried, accepted, ratio in zip(
+                self._tried, self._accepted, self._expected_ratios, strict=True
+            ):
+                expected = min(before * ratio, 1.0)
+                before = (accepted + expected * PRIOR_DRAFTS) / (tried + PRIOR_DRAFTS)
                 figures.append(before)
             self._cache = tuple(figures)
         return self._cache
@@ -101,25 +99,26 @@ class AcceptanceTracker:
         fade = self._fade(time_s)
         return tuple(
             min(1.0, figure + sqrt((figure * (1 - figure) + 0.05) / (tried * fade + 1)))
-            for figure, tried in zip(self.per_position(), self._long.tried, strict=True)
+            for figure, tried in zip(self.per_position(), self._tried, strict=True)
         )
 
-    def _windows_disagree(self) -> bool:
-        short_tried = sum(self._short.tried)
-        long_tried = sum(self._long.tried)
-        if short_tried < SHORT_WINDOW / 2 or long_tried < 2 * short_tried:
-            return False
-        short = sum(self._short.accepted) / short_tried
-        long = sum(self._long.accepted) / long_tried
-        deviation = sqrt(max(long * (1 - long), 0.01) / short_tried)
-        return abs(short - long) > ALARM_DEVIATIONS * deviation
+    def _start_again(self, test: ChangeTest) -> None:
+        """From the evidence since the change."""
+        self._tried, self._accepted = test.tried, test.accepted
+        self._first_expected = (sum(self._accepted) + PRIOR_ACCEPTANCE * DRAFTS_OF_NOBODY) / (
+            sum(self._tried) + DRAFTS_OF_NOBODY
+        )
+        self._expected_ratios = [1.0] * len(self._tried)
+        for each in self._tests:
+            each.reset()
+        self.num_changes_noticed += 1
 
     def _age(self, time_s: float) -> None:
         """Evidence fades with time too: a draft length of an hour ago is a guess."""
         fade = self._fade(time_s)
         if fade < 0.99:
-            self._long.scale(fade)
-            self._short.scale(fade)
+            self._tried = [count * fade for count in self._tried]
+            self._accepted = [count * fade for count in self._accepted]
             self._time_s = time_s
         elif self._time_s is None:
             self._time_s = time_s

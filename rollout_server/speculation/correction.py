@@ -11,7 +11,7 @@ far, and the machine factor cancels out of every comparison.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, log, sqrt
+from math import exp, log, log2, sqrt
 
 from rollout_server.speculation.cost_model import CostModel
 from rollout_server.speculation.part_factors import PartFactors, Parts
@@ -41,6 +41,8 @@ class StepTimeCorrection:
         self._factors = PartFactors(model.verify_log_error, model.draft_log_error)
         self._residuals: dict[tuple[int, int], _Residual] = {}
         self._bucket_of = _bucket_table()
+        self._num_reqs = 0
+        """Of the last step learned from."""
 
     @property
     def machine_factor(self) -> float:
@@ -55,6 +57,11 @@ class StepTimeCorrection:
         residual = self._residuals.get(key)
         known = residual.value(time_s) if residual is not None else 0.0
         parts = self.model.parts_s(shape)
+        if shape.num_decode_reqs != self._num_reqs:
+            # What plain steps of another batch size take is blamed on no part but the plain one.
+            doublings = abs(log2(shape.num_decode_reqs / (self._num_reqs or shape.num_decode_reqs)))
+            self._factors.loosen_machine(self.model.plain_log_error * doublings)
+            self._num_reqs = shape.num_decode_reqs
         left = self._factors.observe(parts, duration_s, known, time_s)
         if shape.is_steady:
             if residual is None:

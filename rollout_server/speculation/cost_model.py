@@ -62,6 +62,9 @@ class CostModel(SettingsModel):
     verify_step_s: float = Field(default=0.0, ge=0.0)
     verify_row_s: float = Field(default=0.0, ge=0.0)
     draft_kv_s: float = Field(default=0.0, ge=0.0)
+    plain_log_error: float = Field(default=0.03, ge=0.0)
+    """How a plain step grows with each doubling of the requests may be wrong by this (standard
+    deviation of log seconds)."""
     verify_log_error: float = Field(default=0.2, ge=0.0)
     """What verification adds may be wrong by this (standard deviation of log seconds)."""
     draft_log_error: float = Field(default=0.2, ge=0.0)
@@ -162,6 +165,7 @@ def conservative_model() -> CostModel:
         target=PiecewiseLinear(knots=(1, 2), values_s=(1.0, 1.0)),
         draft=PiecewiseLinear(knots=(1, 2), values_s=(0.5, 0.5)),
         verify_row_s=1 / 16,
+        plain_log_error=0.35,
         verify_log_error=1.0,
         draft_log_error=0.5,
     )

@@ -13,7 +13,7 @@ if that is expected to win something: the mean of what it may be better by, over
 leaves open (expected improvement, as in Bayesian optimisation), over the steps until the next trial
 and less what the trial itself loses, so that what is promising, unknown and cheap to find out comes
 first, plain decoding included. Those steps are bounded to a share of all steps, but
-for a few at the start and one trial after a push, and carry their own reason.
+for a few at the start and after a push, and carry their own reason.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ EXPLORATION_STEPS = 4
 """Length of one trial: its first step still verifies the drafts of the choice before."""
 FIRST_TRIALS = 3
 """Trials that an engine may make before it has earned any: what it starts from may be wrong."""
+PUSH_TRIALS = 2
+"""The same after weights were replaced."""
 MIN_WIN_STEPS = 0.8
 """Steps' worth of tokens that a trial must be expected to win."""
 RETRY_CREDIT = 0.25
@@ -84,8 +86,8 @@ class DraftLengthChoice:
         """Steps that may be spent on trials: earned step by step, spent trial by trial."""
 
     def weights_changed(self) -> None:
-        """A trial may follow at once: what acceptance is now, nobody knows."""
-        self._credit_steps = max(self._credit_steps, float(EXPLORATION_STEPS))
+        """Trials may follow at once: what acceptance is now, nobody knows."""
+        self._credit_steps = max(self._credit_steps, float(PUSH_TRIALS * EXPLORATION_STEPS))
 
     def choose(self, sample: EngineLoadSample, settings: ChoiceSettings) -> Choice:
         """Decide for the step that ``sample`` describes."""

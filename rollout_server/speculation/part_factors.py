@@ -112,6 +112,10 @@ class PartFactors:
         self._noise = min(max(self._noise, MIN_NOISE), MAX_NOISE)
         return left
 
+    def loosen_machine(self, log_deviation: float) -> None:
+        """The next steps differ from those before in a way the model may be wrong about."""
+        self._mm += log_deviation**2
+
     def _shares(self, parts: Parts) -> Parts:
         """Seconds without the machine factor, and the shares of the last two parts in them."""
         plain_s, verify_s, drafts_s = parts

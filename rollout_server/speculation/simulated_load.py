@@ -1,4 +1,4 @@
-"""Requests for the simulator: lengths as rollouts have them, synthetic or recorded."""
+"""Requests for the simulator: synthetic lengths, or those of a recorded run. Pure but I/O."""
 
 from __future__ import annotations
 

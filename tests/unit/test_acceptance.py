@@ -64,6 +64,24 @@ def test_a_push_keeps_the_figures_as_a_first_guess_that_new_drafts_outweigh() ->
     assert tracker.per_position()[0] < 0.7
 
 
+def test_after_a_push_a_drafter_that_was_bad_is_hoped_to_be_good_again() -> None:
+    tracker = AcceptanceTracker(4)
+    feed(tracker, 0.2, 300)
+    tracker.weights_changed()
+    assert 0.2 < tracker.per_position()[0] < PRIOR_ACCEPTANCE
+    assert tracker.optimistic_per_position(0.0)[0] > 0.9
+
+
+def test_after_a_change_the_evidence_is_that_since_the_change() -> None:
+    tracker = AcceptanceTracker(4)
+    feed(tracker, 0.95, 1000)
+    feed(tracker, 0.3, 15, seed=1)
+    assert tracker.num_changes_noticed == 1, "within fifteen drafts"
+    assert tracker.per_position()[0] < 0.6
+    feed(tracker, 0.95, 40, seed=2)
+    assert tracker.num_changes_noticed == 2, "and a recovery too"
+
+
 def test_hope_grows_as_evidence_ages_and_is_never_above_one() -> None:
     tracker = AcceptanceTracker(4)
     feed(tracker, 0.3, 300)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout_server.speculation.correction import StepTimeCorrection
-from rollout_server.speculation.cost_model import CostModel, PiecewiseLinear
+from rollout_server.speculation.cost_model import CostModel, PiecewiseLinear, conservative_model
 from rollout_server.speculation.room import draft_room
 from rollout_server.speculation.step_clock import StepClock
 from rollout_server.speculation.steps import StepShape
@@ -102,6 +102,17 @@ def test_what_the_parts_cannot_explain_is_learned_for_its_load_and_forgotten() -
     assert correction.log_correction(4, 3, 0.0) - correction.log_correction(32, 3, 0.0) > 0.3
     for num_reqs in (4, 32):
         assert abs(correction.log_residual(num_reqs, 3, 1200.0)) < 0.01
+
+
+def test_what_plain_steps_of_another_batch_size_take_is_blamed_on_no_other_part() -> None:
+    """Of four drafts a step only: what they cost and how fast the machine is cannot be told yet."""
+    correction = StepTimeCorrection(conservative_model())
+    for step in range(100):
+        correction.observe(StepShape.steady(1, 500, 4), 0.12, step * 0.1)
+    before = correction.log_correction(24, 4, 10.0)
+    for step in range(4):
+        correction.observe(StepShape.steady(24, 12_000, 0), 0.18, 10.0 + step * 0.2)
+    assert correction.log_correction(24, 4, 11.0) == pytest.approx(before, abs=0.35)
 
 
 def test_noise_does_not_drift() -> None:
