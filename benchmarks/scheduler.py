@@ -5,8 +5,9 @@ arithmetic at sixteen, so that the best draft length goes from the longest to no
 
 - *points*: at each load (sequences, context) every fixed draft length and ``adaptive`` take turns.
   The figure is ``adaptive`` over the best fixed length, 0 included, round by round.
-- *mixed*: 128 prompts with long-tailed lengths through 16 places, so that the batch drains from 16
-  to 1 at the end: off, always on, behind the KV gate alone, and ``adaptive``.
+- *mixed*: 128 prompts with long-tailed lengths in eight batches of 16, each of which is waited for,
+  as a synchronous training loop does: the batch drains from 16 to 1 again and again. Off, always
+  on, behind the KV gate alone, and ``adaptive``.
 
 Both also say how good the predictions were: whether the cost model's choice to speculate or not was
 the measured one, and the median error of its step times. Needs a calibration of this very machine
@@ -215,9 +216,15 @@ async def measure_mixed(
         seconds: dict[str, float] = {}
         for side in names:
             await engine.set_speculation(MIXED_SIDES[side])
-            seconds[side] = await generate_all(
-                engine, f"mixed-{repeat}-{side}", lengths, 32, seed=repeat
-            )
+            seconds[side] = 0.0
+            for first in range(0, num_prompts, MIXED_PLACES):
+                seconds[side] += await generate_all(
+                    engine,
+                    f"mixed-{repeat}-{side}-{first}",
+                    lengths[first : first + MIXED_PLACES],
+                    32,
+                    seed=first,
+                )
         rounds.append(seconds)
         shown = {side: round(s, 1) for side, s in seconds.items()}
         print(f"mixed, {repeat + 1}/{repeats}, seconds: {shown}", file=sys.stderr)
@@ -243,7 +250,7 @@ async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     if "points" in options.parts:
         spec = engine_spec(model, num_places=NUM_PLACES, kv_cache_mib=1536)
         async with running_engine(spec) as engine:
-            for load in LOADS:
+            for load in (load for load in LOADS if load.name in options.loads):
                 result["points"].append(await measure_point(engine, load, options.repeats))
             report = await engine.speculation(2**62)
         signs = [point["sign_right"] for point in result["points"]]
@@ -273,7 +280,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mixed-repeats", type=int, default=5)
     parser.add_argument("--num-prompts", type=int, default=128)
-    parser.add_argument("--mean-tokens", type=int, default=40)
+    parser.add_argument("--mean-tokens", type=int, default=24)
     parser.add_argument("--model", type=Path, default=Path(".cache/models/wide-450m"))
     options = parser.parse_args()
     model = ensure_model(options.model, "wide-450m")

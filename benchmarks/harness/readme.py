@@ -11,7 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.readme_scheduler import robustness_table, scheduler_table
+from benchmarks.harness.readme_scheduler import (
+    robustness_table,
+    scheduler_table,
+    simulation_table,
+)
 from benchmarks.harness.results import RESULTS_DIRECTORY
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +126,7 @@ TABLES = {
     "drafter": drafter_table,
     "scheduler": scheduler_table,
     "scheduler_robustness": robustness_table,
+    "scheduler_sim": simulation_table,
 }
 
 

@@ -149,6 +149,8 @@ def bench(
     if name is None and not run_all:
         print_json(list(names)) if as_json else typer.echo("\n".join(names) or "no benchmarks")
         return
+    if name is not None:
+        name = name.replace("-", "_")  # as make targets are spelt
     if name is not None and name not in names:
         known = ", ".join(names) or "none"
         raise ConfigurationError(f"no benchmark {name!r}; there are: {known}", param="NAME")
