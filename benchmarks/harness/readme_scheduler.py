@@ -8,11 +8,13 @@ from typing import Any
 def scheduler_table(document: dict[str, Any]) -> str:
     """A row per steady load, then what came of the mixed one."""
     result, facts = document["result"], document["circumstances"]
-    lines = [
-        "| sequences x prompt | best fixed K | it over off | adaptive over off "
-        "| adaptive over best fixed |",
-        "|:---|---:|---:|---:|---:|",
-    ]
+    lines = []
+    if result["points"]:
+        lines = [
+            "| sequences x prompt | best fixed K | it over off | adaptive over off "
+            "| adaptive over best fixed |",
+            "|:---|---:|---:|---:|---:|",
+        ]
     lines += [
         f"| {p['load']} | {p['best_fixed_k']} | {p['best_fixed_ratio_to_off']:.2f} | "
         f"{p['adaptive_ratio_to_off']:.2f} | {p['ratio_to_best_fixed']:.3f} "
