@@ -106,6 +106,13 @@ async def calibrate(config: RunConfig, output: Path | None) -> dict[str, Any]:
             max_model_len=facts.max_model_len,
             num_kv_tokens=facts.num_kv_blocks * facts.block_size,
         )
+        if not loads:
+            raise ConfigurationError(
+                f"the engine's {facts.num_kv_blocks * facts.block_size} KV tokens and "
+                f"{facts.max_model_len} tokens of context are too few to measure one sequence: "
+                "raise engine.kv_cache_memory_mib or model.max_model_len",
+                param="engine.kv_cache_memory_mib",
+            )
         points = await measure_thoroughly(engine, loads, lengths, report)
         key = engine.calibration_key(facts.drafter_scheme)
     finally:

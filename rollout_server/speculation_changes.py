@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rollout_server.speculation.policy import apply_patch
+from shared.config.speculation import never_opens
 from shared.errors import InvalidRequestError
 from shared.schemas.speculation import SpeculationPatch, SpeculationPolicy
 from shared.types import SpeculationMode
@@ -48,21 +49,21 @@ def _check_hysteresis(
 ) -> None:
     tokens = new.kv_cache_threshold_tokens
     if tokens is None:
-        if new.kv_cache_hysteresis > new.kv_cache_threshold:
+        if never_opens(new.kv_cache_hysteresis, new.kv_cache_threshold):
             at_fault = "kv_cache_threshold" if patch.kv_cache_hysteresis is None else None
             raise InvalidRequestError(
-                f"kv_cache_hysteresis {new.kv_cache_hysteresis:g} is above kv_cache_threshold "
+                f"kv_cache_hysteresis {new.kv_cache_hysteresis:g} is not below kv_cache_threshold "
                 f"{new.kv_cache_threshold:g}: the gate could never open again",
                 param=at_fault or "kv_cache_hysteresis",
             )
         return
     for engine_id, capacity in kv_capacity_tokens.items():
-        if new.kv_cache_hysteresis * capacity > tokens:
+        if never_opens(new.kv_cache_hysteresis * capacity, tokens):
             at_fault = "kv_cache_threshold_tokens" if patch.kv_cache_hysteresis is None else None
             raise InvalidRequestError(
                 f"kv_cache_hysteresis {new.kv_cache_hysteresis:g} is "
                 f"{new.kv_cache_hysteresis * capacity:.0f} of the {capacity} KV tokens of "
-                f"{engine_id}, above kv_cache_threshold_tokens {tokens}: the gate could never "
+                f"{engine_id}, not below kv_cache_threshold_tokens {tokens}: the gate could never "
                 "open again",
                 param=at_fault or "kv_cache_hysteresis",
             )

@@ -1,4 +1,4 @@
-"""Whether drafts can have KV slots without costing plain decoding a block. Pure."""
+"""How long drafts may be: for the KV slots they take, and for the tokens that are left. Pure."""
 
 from __future__ import annotations
 
@@ -28,3 +28,12 @@ def draft_room(
     held, growth = ceil((1 + drafts) / block_size), ceil(drafts / block_size)
     needed = num_running_reqs * (held + growth) + ceil(num_waiting_tokens / block_size)
     return max_draft_length if num_free_blocks >= needed else 0
+
+
+def useful_draft_length(max_draft_length: int, most_tokens_left: int) -> int:
+    """Nobody needs more drafts than tokens are left to the request that has most of them left.
+
+    The step that drafts gives one token at least, and the next one more than it verifies drafts.
+    One draft is left even then: whether to draft at all is not decided here.
+    """
+    return min(max(most_tokens_left - 2, 1), max_draft_length)

@@ -35,7 +35,7 @@ from rollout_server.engine.vllm_plugin.settings import plugin_settings
 from rollout_server.speculation.cost_model import CostModel
 from rollout_server.speculation.driver import SpeculationDriver
 from rollout_server.speculation.request_drafts import RequestDrafts
-from rollout_server.speculation.room import draft_room
+from rollout_server.speculation.room import draft_room, useful_draft_length
 from rollout_server.speculation.step_clock import StepClock
 from rollout_server.speculation.steps import (
     EngineLoadSample,
@@ -46,6 +46,7 @@ from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.types import SpeculationMode
 
 FEW_REQUESTS = 32
+"""Up to here it is worth a look at each what tokens are left to it."""
 
 
 class _DraftLengthLookup:
@@ -137,16 +138,12 @@ class _SlipstreamScheduling(Scheduler):
         )
 
     def _longest_useful_draft(self) -> int:
-        """Nobody needs more drafts than tokens are left to the request that has most left.
-
-        Looked at only while few run: with many, some request has tokens left.
-        """
+        """Asked only while few run: with many, some request has tokens left."""
         limit: int = self.num_spec_tokens
         if not 0 < len(self.running) <= FEW_REQUESTS:
             return limit
-        # This step gives one token at least, and the next one more than it verifies drafts.
-        most_left = max([r.max_tokens - r.num_output_tokens for r in self.running]) - 2
-        return min(max(most_left, 1), limit)
+        most_left = max([r.max_tokens - r.num_output_tokens for r in self.running])
+        return useful_draft_length(limit, most_left)
 
     def _give_up_drafts(self) -> None:
         for request in self.running:

@@ -9,6 +9,18 @@ from pydantic import Field, field_validator, model_validator
 from shared.config.base import SettingsModel
 from shared.types import SpeculationMode
 
+DEFAULT_MIN_SPEEDUP = 1.02
+DEFAULT_SWITCH_MARGIN = 0.01
+DEFAULT_EXPLORATION_FRACTION = 0.02
+
+
+def never_opens(hysteresis: float, threshold: float) -> bool:
+    """Whether a gate that has closed would stay so: it opens below ``threshold - hysteresis``.
+
+    Both at zero is another thing: a gate that is meant to be closed.
+    """
+    return hysteresis > 0 and hysteresis >= threshold
+
 
 class SpeculationConfig(SettingsModel):
     """The speculation policy engines start with; ``PATCH /v1/speculation`` changes it live."""
@@ -26,11 +38,11 @@ class SpeculationConfig(SettingsModel):
     """Once closed, the gate opens again below ``threshold - hysteresis``."""
     min_dwell_steps: int = Field(default=8, ge=0)
     """Engine steps the gate stays closed at least, once it has closed."""
-    min_speedup: float = Field(default=1.02, ge=1.0, le=10.0)
+    min_speedup: float = Field(default=DEFAULT_MIN_SPEEDUP, ge=1.0, le=10.0)
     """``adaptive`` begins to draft where it predicts at least this over plain decoding."""
-    switch_margin: float = Field(default=0.01, ge=0.0, le=1.0)
+    switch_margin: float = Field(default=DEFAULT_SWITCH_MARGIN, ge=0.0, le=1.0)
     """``adaptive`` leaves a draft length for another that is better by this share."""
-    exploration_fraction: float = Field(default=0.02, ge=0.0, le=0.2)
+    exploration_fraction: float = Field(default=DEFAULT_EXPLORATION_FRACTION, ge=0.0, le=0.2)
     """Share of steps that ``adaptive`` may spend on draft lengths it has not tried lately."""
     per_request: bool = False
     """Verify fewer drafts of requests that accept badly (where vLLM schedules synchronously)."""
@@ -58,9 +70,9 @@ class SpeculationConfig(SettingsModel):
                 f"speculation.num_speculative_tokens {self.num_speculative_tokens} is above "
                 f"speculation.max_num_speculative_tokens {limit}"
             )
-        if self.kv_cache_hysteresis > self.kv_cache_threshold:
+        if never_opens(self.kv_cache_hysteresis, self.kv_cache_threshold):
             raise ValueError(
-                f"speculation.kv_cache_hysteresis {self.kv_cache_hysteresis} is above "
+                f"speculation.kv_cache_hysteresis {self.kv_cache_hysteresis} is not below "
                 f"speculation.kv_cache_threshold {self.kv_cache_threshold}: the gate could never "
                 "open again"
             )

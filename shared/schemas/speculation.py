@@ -6,6 +6,11 @@ from typing import Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from shared.config.speculation import (
+    DEFAULT_EXPLORATION_FRACTION,
+    DEFAULT_MIN_SPEEDUP,
+    DEFAULT_SWITCH_MARGIN,
+)
 from shared.schemas.base import WireModel
 from shared.types import SpeculationMode, SpeculationReason
 
@@ -79,9 +84,9 @@ class SpeculationPolicy(WireModel):
     kv_cache_threshold_tokens: int | None = None
     kv_cache_hysteresis: float
     min_dwell_steps: int
-    min_speedup: float = 1.02
-    switch_margin: float = 0.01
-    exploration_fraction: float = 0.02
+    min_speedup: float = DEFAULT_MIN_SPEEDUP
+    switch_margin: float = DEFAULT_SWITCH_MARGIN
+    exploration_fraction: float = DEFAULT_EXPLORATION_FRACTION
     per_request: bool = False
 
 

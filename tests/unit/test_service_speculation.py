@@ -31,8 +31,9 @@ def test_a_patch_changes_what_it_names_and_leaves_the_rest() -> None:
     ("patch", "limit", "param", "message"),
     [
         ({"num_speculative_tokens": 5}, 4, "num_speculative_tokens", "5 is above the limit of 4"),
-        ({"kv_cache_hysteresis": 0.6}, 4, "kv_cache_hysteresis", "0.6 is above .* 0.5"),
-        ({"kv_cache_threshold": 0.01}, 4, "kv_cache_threshold", "0.05 is above .* 0.01"),
+        ({"kv_cache_hysteresis": 0.5}, 4, "kv_cache_hysteresis", "0.5 is not below .* 0.5"),
+        ({"kv_cache_hysteresis": 0.6}, 4, "kv_cache_hysteresis", "0.6 is not below .* 0.5"),
+        ({"kv_cache_threshold": 0.01}, 4, "kv_cache_threshold", "0.05 is not below .* 0.01"),
         ({"min_dwell_steps": 1}, 0, "mode", "needs a drafter"),
         ({"kv_cache_threshold_tokens": 99}, 4, "kv_cache_threshold_tokens", "100 of .* 2000 .* 99"),
     ],

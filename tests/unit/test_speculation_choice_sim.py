@@ -67,7 +67,7 @@ def run(
     return simulate(
         requests,
         machine,
-        policy(mode, k or max_k, kv_cache_threshold=1.0, min_speedup=1.02, switch_margin=0.02),
+        policy(mode, k or max_k, kv_cache_threshold=1.0),
         acceptance_per_pos=acceptance,
         believed=believed,
         max_draft_length=max_k,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.published_costs import MODEL_7B, published_cost_model
 from rollout_server.speculation.policy import initial_policy
 from rollout_server.speculation_metrics import speculation_metrics
 from shared.config.speculation import SpeculationConfig
@@ -48,3 +49,11 @@ async def test_the_page_has_exactly_the_metrics_of_an_engines_speculation() -> N
 def test_the_page_has_every_reason() -> None:
     named = re.findall(r"^\| `(\w+)` \|", rows_of("Reasons"), re.MULTILINE)
     assert set(named) == {reason.value for reason in SpeculationReason}
+
+
+def test_the_example_of_equal_occupancy_is_what_the_published_figures_give() -> None:
+    model, _ = published_cost_model(MODEL_7B)
+    text = PAGE
+    for num_reqs, context, verb in ((8, 8192, "give"), (128, 512, "and")):
+        plain_s, drafting_s = (model.steady_step_s(num_reqs, num_reqs * context, k) for k in (0, 5))
+        assert f"{verb} {5.5 * plain_s / drafting_s:.2f} times" in text

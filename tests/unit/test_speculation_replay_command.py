@@ -99,7 +99,7 @@ def test_a_trace_that_cannot_have_come_from_its_inputs_exits_with_1(
         (["mode=warp"], "mode 'warp'"),
         (["tempo=3"], "tempo: no such field; there are: mode, "),
         (["num_speculative_tokens=9"], "9 is above the limit of 4"),
-        (["kv_cache_hysteresis=0.9"], "0.9 is above kv_cache_threshold 0.5"),
+        (["kv_cache_hysteresis=0.9"], "0.9 is not below kv_cache_threshold 0.5"),
         (["kv_cache_threshold=0.5", "kv_cache_threshold_tokens=5"], "two thresholds"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rollout_server.speculation.correction import StepTimeCorrection
 from rollout_server.speculation.cost_model import CostModel, PiecewiseLinear, conservative_model
-from rollout_server.speculation.room import draft_room
+from rollout_server.speculation.room import draft_room, useful_draft_length
 from rollout_server.speculation.step_clock import StepClock
 from rollout_server.speculation.steps import StepShape
 
@@ -161,3 +161,8 @@ def test_a_waiting_request_is_counted() -> None:
         draft_room(4, num_free_blocks=7, block_size=16, num_running_reqs=2, num_waiting_tokens=0)
         == 4
     )
+
+
+def test_drafts_end_where_the_longest_request_ends() -> None:
+    lengths = [useful_draft_length(4, most_left) for most_left in (100, 6, 5, 4, 3, 2, 1)]
+    assert lengths == [4, 4, 3, 2, 1, 1, 1]
