@@ -91,6 +91,7 @@ async def test_only_steady_steps_of_the_whole_batch_are_counted() -> None:
     points = await measure_load(TimedEngine(), load, [0, 2, 4], steps_each=6, seed=0)
     assert [point.num_speculative_tokens for point in points] == [0, 2, 4]
     for point in points:
+        assert point.num_steps == 10, "two turns of six, the first step of each left out"
         expected = TRUTH.step_s(StepShape.steady(4, 64, point.num_speculative_tokens))
         assert point.median_s == pytest.approx(expected, rel=0.03)
 

@@ -154,7 +154,7 @@ async def test_settings_that_are_impossible_for_one_of_the_engines_reach_none() 
     small, large = FakeEngine("small"), FakeEngine("large")
     capacities = {"small": 10_000, "large": 1_000_000}
     live = LiveSpeculation(FakePool([small, large]), SpeculationConfig(), capacities.get)
-    with pytest.raises(InvalidRequestError, match=r"of large, above .* 2000"):
+    with pytest.raises(InvalidRequestError, match=r"of large, not below .* 2000"):
         await live.patch(
             SpeculationPatch(kv_cache_threshold_tokens=2000), engine_ids=["small", "large"]
         )
