@@ -277,6 +277,8 @@ def main() -> int:
     parser.add_argument(
         "--parts", nargs="+", choices=["points", "mixed"], default=["points", "mixed"]
     )
+    names = [load.name for load in LOADS]
+    parser.add_argument("--loads", nargs="+", choices=names, default=names)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--mixed-repeats", type=int, default=5)
     parser.add_argument("--num-prompts", type=int, default=128)

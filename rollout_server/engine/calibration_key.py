@@ -68,10 +68,22 @@ def _device_name(spec: EngineSpec) -> str:
 
 
 def cpu_model_name() -> str:
-    """As the kernel reports it."""
+    """As the kernel reports it; the numbers too, for virtual machines all call a line of processors
+    by one name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return "unknown cpu"
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "unknown cpu")
+    return cpu_name_in(text)
+
+
+def cpu_name_in(cpuinfo: str) -> str:
+    """Name, family and model of the first processor in the text of ``/proc/cpuinfo``."""
+    first = cpuinfo.partition("\n\n")[0]
+    fields = {
+        key.strip(): value.strip()
+        for key, _, value in (line.partition(":") for line in first.splitlines())
+    }
+    name = fields.get("model name", "unknown cpu")
+    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
