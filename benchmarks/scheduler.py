@@ -3,13 +3,15 @@
 On a real engine with the wide model (a CPU step bound by memory traffic at one sequence and by
 arithmetic at sixteen, so that the best draft length goes from the longest to none):
 
-- *points*: at each load (sequences, context) every fixed draft length and ``adaptive`` take turns.
-  The figure is ``adaptive`` over the best fixed length, 0 included, round by round.
+- *points*: at each load (sequences, context) every fixed draft length and ``adaptive`` take turns
+  within a running batch. The figure is ``adaptive`` over the best fixed length, 0 included, round
+  by round.
 - *mixed*: 128 prompts with long-tailed lengths in eight batches of 16, each of which is waited for,
   as a synchronous training loop does: the batch drains from 16 to 1 again and again. Off, always
   on, behind the KV gate alone, and ``adaptive``.
+- *streaming*: the same prompts all at once: 16 run, the others queue, and there is one tail.
 
-Both also say how good the predictions were: whether the cost model's choice to speculate or not was
+All also say how good the predictions were: whether the cost model's choice to speculate or not was
 the measured one, and the median error of its step times. Needs a calibration of this very machine
 (``make calibrate``); without one the engine measures itself when it starts, and the result says so.
 """
@@ -25,10 +27,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.harness.engines import ensure_model, running_engine
-from benchmarks.harness.results import print_last_line, write_result
+from benchmarks.harness.results import (
+    circumstances,
+    print_last_line,
+    read_result,
+    write_result,
+)
+from benchmarks.harness.scheduler_points import Load, measure_point, summarize_point
 from rollout_server.engine.actor import EngineActor
 from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.protocol import GenerateRequest
@@ -42,31 +50,20 @@ MAX_DRAFT_LENGTH = 4
 VOCAB_SIZE = 32000
 NUM_PLACES = 24
 MIXED_PLACES = 16
-
-
-class Load(NamedTuple):
-    """A steady load."""
-
-    num_reqs: int
-    num_prompt_tokens: int
-    num_tokens: int
-    """Each sequence generates so many: enough that the first and last steps weigh little."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.num_reqs}x{self.num_prompt_tokens}"
+PARTS = ["points", "mixed", "streaming"]
 
 
 LOADS = (
-    Load(1, 32, 96),
-    Load(2, 32, 96),
-    Load(4, 32, 96),
-    Load(6, 32, 64),
-    Load(8, 32, 48),
-    Load(16, 32, 48),
-    Load(24, 32, 48),
-    Load(1, 768, 96),
-    Load(4, 768, 64),
+    Load(1, 32),
+    Load(2, 32),
+    Load(4, 32),
+    Load(6, 32),
+    Load(8, 32),
+    Load(12, 32),
+    Load(16, 32),
+    Load(24, 32),
+    Load(1, 512),
+    Load(4, 512),
 )
 ADAPTIVE = "adaptive"
 KV_GATE_THRESHOLD = 0.15
@@ -139,62 +136,6 @@ async def generate_all(
     return time.perf_counter() - started
 
 
-async def steps_per_k(engine: EngineActor) -> list[int]:
-    return (await engine.speculation(2**62)).num_steps_per_k
-
-
-async def measure_point(engine: EngineActor, load: Load, repeats: int) -> dict[str, Any]:
-    """All sides in turn, after one uncounted round."""
-    rounds: list[dict[str, float]] = []
-    chosen = [0] * (MAX_DRAFT_LENGTH + 1)
-    names = list(POINT_SIDES)
-    for repeat in range(repeats + 1):
-        random.Random(repeat).shuffle(names)
-        seconds: dict[str, float] = {}
-        for side in names:
-            await engine.set_speculation(POINT_SIDES[side])
-            before = await steps_per_k(engine)
-            seconds[side] = await generate_all(
-                engine,
-                f"{load.name}-{repeat}-{side}",
-                [load.num_tokens] * load.num_reqs,
-                load.num_prompt_tokens,
-                seed=load.num_reqs,
-            )
-            if side == ADAPTIVE and repeat > 0:
-                after = await steps_per_k(engine)
-                chosen = [c + b - a for c, a, b in zip(chosen, before, after, strict=True)]
-        if repeat > 0:
-            rounds.append(seconds)
-        rates = {side: round(load.num_reqs * load.num_tokens / s, 1) for side, s in seconds.items()}
-        print(f"point {load.name}, {repeat}/{repeats}: {rates}", file=sys.stderr)
-    return summarize_point(load, rounds, chosen)
-
-
-def summarize_point(
-    load: Load, rounds: Sequence[dict[str, float]], chosen: Sequence[int]
-) -> dict[str, Any]:
-    """Ratios are taken within a round, then their median."""
-    fixed = [side for side in rounds[0] if side != ADAPTIVE]
-    over_off = {
-        side: statistics.median(r["0"] / r[side] for r in rounds) for side in (*fixed, ADAPTIVE)
-    }
-    best = max(fixed, key=over_off.__getitem__)
-    to_best = [r[best] / r[ADAPTIVE] for r in rounds]
-    speculated = sum(chosen[1:]) > chosen[0]
-    return {
-        "load": load.name,
-        "best_fixed_k": int(best),
-        "best_fixed_ratio_to_off": round(over_off[best], 3),
-        "adaptive_ratio_to_off": round(over_off[ADAPTIVE], 3),
-        "ratio_to_best_fixed": round(statistics.median(to_best), 3),
-        "ratio_min": round(min(to_best), 3),
-        "ratio_max": round(max(to_best), 3),
-        "adaptive_steps_per_k": list(chosen),
-        "sign_right": speculated == (best != "0"),
-    }
-
-
 def long_tailed_lengths(num_prompts: int, mean: int, longest: int, seed: int) -> list[int]:
     """Lognormal, as response lengths in RL are: most short, a few many times the mean."""
     generator = random.Random(seed)
@@ -205,10 +146,17 @@ def long_tailed_lengths(num_prompts: int, mean: int, longest: int, seed: int) ->
 
 
 async def measure_mixed(
-    engine: EngineActor, repeats: int, num_prompts: int, mean_tokens: int
+    engine: EngineActor, options: argparse.Namespace, at_once: int
 ) -> dict[str, Any]:
-    """All sides in turn on the same lengths."""
-    lengths = long_tailed_lengths(num_prompts, mean_tokens, 12 * mean_tokens, seed=0)
+    """All sides in turn on the same lengths.
+
+    Args:
+        at_once: prompts asked for together and waited for; those without a place queue.
+    """
+    repeats, num_prompts = options.mixed_repeats, options.num_prompts
+    lengths = long_tailed_lengths(
+        num_prompts, options.mean_tokens, 12 * options.mean_tokens, seed=0
+    )
     rounds: list[dict[str, float]] = []
     names = list(MIXED_SIDES)
     for repeat in range(repeats):
@@ -217,17 +165,17 @@ async def measure_mixed(
         for side in names:
             await engine.set_speculation(MIXED_SIDES[side])
             seconds[side] = 0.0
-            for first in range(0, num_prompts, MIXED_PLACES):
+            for first in range(0, num_prompts, at_once):
                 seconds[side] += await generate_all(
                     engine,
-                    f"mixed-{repeat}-{side}-{first}",
-                    lengths[first : first + MIXED_PLACES],
+                    f"mixed-{at_once}-{repeat}-{side}-{first}",
+                    lengths[first : first + at_once],
                     32,
                     seed=first,
                 )
         rounds.append(seconds)
         shown = {side: round(s, 1) for side, s in seconds.items()}
-        print(f"mixed, {repeat + 1}/{repeats}, seconds: {shown}", file=sys.stderr)
+        print(f"mixed by {at_once}, {repeat + 1}/{repeats}, seconds: {shown}", file=sys.stderr)
     ratios = {side: [r["off"] / r[side] for r in rounds] for side in names}
     beats = {
         side: round(statistics.median(r[side] / r[ADAPTIVE] for r in rounds), 3)
@@ -246,12 +194,26 @@ async def measure_mixed(
 
 
 async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {"bench": "scheduler", "points": [], "mixed": {}}
+    """The parts asked for; what is kept of the others is of an earlier run (``commits``)."""
+    result: dict[str, Any] = {"bench": "scheduler", "points": [], "mixed": {}, "commits": {}}
+    result |= read_result("scheduler") or {}
+    for part in options.parts:
+        result["commits"][part] = circumstances()["commit"]
     if "points" in options.parts:
+        result["points"] = []
         spec = engine_spec(model, num_places=NUM_PLACES, kv_cache_mib=1536)
         async with running_engine(spec) as engine:
             for load in (load for load in LOADS if load.name in options.loads):
-                result["points"].append(await measure_point(engine, load, options.repeats))
+                rounds = await measure_point(
+                    engine,
+                    load,
+                    POINT_SIDES,
+                    rounds=options.repeats,
+                    slice_s=options.slice_s,
+                    vocab_size=VOCAB_SIZE,
+                )
+                result["points"].append(summarize_point(load, rounds, ADAPTIVE))
+                print(result["points"][-1], file=sys.stderr)
             report = await engine.speculation(2**62)
         signs = [point["sign_right"] for point in result["points"]]
         result["prediction"] = {
@@ -260,26 +222,28 @@ async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
             "median_step_time_error": round(report.median_step_time_error or 0.0, 4),
             "num_predicted_steps": report.num_predicted_steps,
         }
-    if "mixed" in options.parts:
+    mixed_parts = [part for part in ("mixed", "streaming") if part in options.parts]
+    if mixed_parts:
         spec = engine_spec(model, num_places=MIXED_PLACES, kv_cache_mib=128)
         async with running_engine(spec) as engine:
-            result["mixed"] = await measure_mixed(
-                engine, options.mixed_repeats, options.num_prompts, options.mean_tokens
-            )
-            report = await engine.speculation(0)
-        result["mixed"]["cost_model"] = report.cost_model
-        result["mixed"]["median_step_time_error"] = round(report.median_step_time_error or 0.0, 4)
+            for part in mixed_parts:
+                at_once = MIXED_PLACES if part == "mixed" else options.num_prompts
+                measured = await measure_mixed(engine, options, at_once)
+                report = await engine.speculation(0)
+                measured["cost_model"] = report.cost_model
+                error = report.median_step_time_error or 0.0
+                measured["median_step_time_error"] = round(error, 4)
+                result[part] = measured
     return result
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--parts", nargs="+", choices=["points", "mixed"], default=["points", "mixed"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     names = [load.name for load in LOADS]
     parser.add_argument("--loads", nargs="+", choices=names, default=names)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=11, help="Rounds at each load.")
+    parser.add_argument("--slice-s", type=float, default=1.0, help="One side's turn.")
     parser.add_argument("--mixed-repeats", type=int, default=5)
     parser.add_argument("--num-prompts", type=int, default=128)
     parser.add_argument("--mean-tokens", type=int, default=24)

@@ -12,13 +12,14 @@ def scheduler_table(document: dict[str, Any]) -> str:
     if result["points"]:
         lines = [
             "| sequences x prompt | best fixed K | it over off | adaptive over off "
-            "| adaptive over best fixed |",
+            "| adaptive over best fixed (quartiles) |",
             "|:---|---:|---:|---:|---:|",
         ]
     lines += [
-        f"| {p['load']} | {p['best_fixed_k']} | {p['best_fixed_ratio_to_off']:.2f} | "
+        f"| {p['load']} | {p['best_fixed_k']} | "
+        f"{p['fixed_ratios_to_off'][str(p['best_fixed_k'])]:.2f} | "
         f"{p['adaptive_ratio_to_off']:.2f} | {p['ratio_to_best_fixed']:.3f} "
-        f"({p['ratio_min']:.2f} to {p['ratio_max']:.2f}) |"
+        f"({p['ratio_quartiles'][0]:.2f} to {p['ratio_quartiles'][1]:.2f}) |"
         for p in result["points"]
     ]
     if prediction := result.get("prediction"):
@@ -28,19 +29,33 @@ def scheduler_table(document: dict[str, Any]) -> str:
             f"the median error of {prediction['num_predicted_steps']} predicted step times was "
             f"{prediction['median_step_time_error']:.1%}. Cost model: {prediction['cost_model']}.",
         ]
-    if mixed := result.get("mixed"):
-        sides = ", ".join(
-            f"{side} {mixed[side]:.2f} ({mixed['spread'][side][0]:.2f} to "
-            f"{mixed['spread'][side][1]:.2f})"
-            for side in mixed["spread"]
-            if side != "off"
-        )
-        lines += [
-            "",
-            f"Mixed load ({mixed['num_prompts']} prompts, {mixed['num_tokens']} tokens, longest "
-            f"{mixed['longest']}, {len(mixed['seconds'])} repeats), over off: {sides}.",
-        ]
-    return "\n".join([*lines, "", _circumstances(facts)])
+    for part, name in MIXED_LOADS.items():
+        if mixed := result.get(part):
+            lines += ["", _mixed(name, mixed)]
+    commits = result.get("commits") or {"all": facts["commit"]}
+    of = ", ".join(f"{part} of commit {commit}" for part, commit in commits.items())
+    return "\n".join([*lines, "", f"{_circumstances(facts)} Measured: {of}."])
+
+
+MIXED_LOADS = {
+    "mixed": "Mixed load, eight batches of 16 prompts",
+    "streaming": "The same prompts all at once, 16 of them running",
+}
+
+
+def _mixed(name: str, mixed: dict[str, Any]) -> str:
+    sides = ", ".join(
+        f"{side} {mixed[side]:.2f} ({mixed['spread'][side][0]:.2f} to "
+        f"{mixed['spread'][side][1]:.2f})"
+        for side in mixed["spread"]
+        if side != "off"
+    )
+    over = ", ".join(f"{side} {r:.3f}" for side, r in mixed["adaptive_over"].items())
+    return (
+        f"{name} ({mixed['num_prompts']} in all, {mixed['num_tokens']} tokens, longest "
+        f"{mixed['longest']}, {len(mixed['seconds'])} repeats), over off: {sides}. Adaptive over "
+        f"the others, round by round: {over}."
+    )
 
 
 def robustness_table(document: dict[str, Any]) -> str:

@@ -39,6 +39,15 @@ def write_result(result: dict[str, Any], raw: Any) -> Path:
     return path
 
 
+def read_result(bench: str) -> dict[str, Any] | None:
+    """What an earlier run left under this name."""
+    path = RESULTS_DIRECTORY / f"{bench}.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]
+    return result
+
+
 def print_last_line(result: dict[str, Any]) -> None:
     """The one line programs read."""
     print(json.dumps(result), flush=True)

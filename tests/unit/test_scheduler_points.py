@@ -1,0 +1,40 @@
+"""How turns at a steady load are summed up."""
+
+from __future__ import annotations
+
+from benchmarks.harness.scheduler_points import Load, Slice, summarize_point
+
+LOAD = Load(num_reqs=2, num_prompt_tokens=32)
+
+
+def rounds(*rates: dict[str, float], steps: list[int] | None = None) -> list[dict[str, Slice]]:
+    return [{side: Slice(rate, steps or [0, 5]) for side, rate in r.items()} for r in rates]
+
+
+def test_the_best_fixed_length_is_that_of_the_medians_and_ratios_are_taken_within_a_round() -> None:
+    measured = rounds(
+        {"0": 10, "1": 12, "adaptive": 11},
+        {"0": 20, "1": 22, "adaptive": 22},
+        {"0": 10, "1": 9, "adaptive": 12},
+    )
+    point = summarize_point(LOAD, measured, "adaptive")
+    assert (point["load"], point["best_fixed_k"]) == ("2x32", 1)
+    assert point["fixed_ratios_to_off"] == {"0": 1.0, "1": 1.1}
+    assert point["ratio_to_best_fixed"] == 1.0
+    assert point["adaptive_ratio_to_off"] == 1.1
+    assert point["sign_right"]
+
+
+def test_a_lucky_round_does_not_choose_its_own_best() -> None:
+    measured = rounds(
+        *({"0": 10, "1": 9, "adaptive": 10} for _ in range(3)), {"0": 10, "1": 90, "adaptive": 10}
+    )
+    point = summarize_point(LOAD, measured, "adaptive")
+    assert (point["best_fixed_k"], point["ratio_to_best_of_others"]) == (0, 1.0)
+
+
+def test_the_sign_is_wrong_when_most_steps_draft_and_plain_decoding_is_best() -> None:
+    measured = rounds(*[{"0": 10, "1": 9, "adaptive": 9}] * 3)
+    assert not summarize_point(LOAD, measured, "adaptive")["sign_right"]
+    measured = rounds(*[{"0": 10, "1": 9, "adaptive": 9}] * 3, steps=[5, 4])
+    assert summarize_point(LOAD, measured, "adaptive")["sign_right"]
