@@ -3,7 +3,7 @@
 Three scenarios on a real engine with the wide model, each run with speculation off and with
 ``adaptive`` in turn, on the same work:
 
-- *slow*: other processes take half of the machine from the middle on;
+- *slow*: the worker is stopped for half of the time, from a third of the work on;
 - *burst*: one sequence runs alone, then 23 more arrive at once;
 - *collapse*: after a push, drafts are accepted with a chance of 0.3 (verification's verdict is
   replaced, which only benchmarks can do), until another push mends it.
@@ -18,13 +18,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import multiprocessing
 import os
 import random
+import signal
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ from shared.schemas.speculation import SpeculationStep
 from shared.types import SpeculationReason
 
 SETTLING_S = 10.0
+TURN_S = 0.005
 COLLAPSED_ACCEPTANCE = 0.3
 NUM_PROMPT_TOKENS = 32
 
@@ -82,36 +84,47 @@ async def sequences(engine: EngineActor, name: str, num_reqs: int, num_tokens: i
     )
 
 
-def _burn(seconds: float) -> None:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        pass
-
-
 @contextlib.contextmanager
-def busy_machine() -> Any:
-    """As many spinning processes as there are cores: each core is shared by two."""
-    context = multiprocessing.get_context("spawn")
-    burners = [
-        context.Process(target=_burn, args=(300.0,), daemon=True)
-        for _ in range(os.cpu_count() or 1)
-    ]
-    for burner in burners:
-        burner.start()
+def at_half_speed(pid: int) -> Iterator[None]:
+    """Stop a process for every second few milliseconds, all of its threads at once.
+
+    Spinning competitors would do worse than halve it: OpenMP's threads wait for each other, and so
+    for whoever of them was put aside last.
+    """
+    done = threading.Event()
+
+    def take_turns() -> None:
+        try:
+            while not done.is_set():
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(TURN_S)
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(TURN_S)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=take_turns, name="half-speed")
+    thread.start()
     try:
         yield
     finally:
-        for burner in burners:
-            burner.kill()
-            burner.join(10)
+        done.set()
+        thread.join(10)
+
+
+def process_id(worker: Any) -> int:
+    """Runs in the worker."""
+    del worker
+    return os.getpid()
 
 
 async def slow(engine: EngineActor, progress: Progress, name: str) -> float:
-    """Two sequences; the machine is shared from the middle on."""
+    """Two sequences; from a third on the worker gets half of the time."""
+    pid = await in_worker(engine, process_id)
     work = asyncio.create_task(sequences(engine, name, 2, 700))
-    await progress.reached(700)
-    with busy_machine():
-        event = time.time()
+    await progress.reached(450)
+    event = time.time()
+    with at_half_speed(pid):
         await work
     return event
 
@@ -159,7 +172,7 @@ async def run_side(engine: EngineActor, scenario: str, side: str, repeat: int) -
     progress = Progress(engine)
     async with progress.watching():
         # The same name for both sides: the same prompts.
-        event = await SCENARIOS[scenario](engine, progress, f"{scenario}-{repeat}-{side}")
+        event = await SCENARIOS[scenario](engine, progress, f"{scenario}-{repeat}")
     report = await engine.speculation(before.num_steps)
     return Run(progress=progress.points, event_unix_s=event, steps=report.history)
 
