@@ -33,6 +33,8 @@ CROWDED = {
     "max_num_seqs": 8,
     "max_num_batched_tokens": 40,
 }
+WINDOWED = {"mistral": {"num_kv_blocks": 12}}
+"""Blocks that a sliding window has left behind are free again: such models need fewer."""
 
 
 def prompts_that_share_beginnings(count: int) -> list[list[int]]:
@@ -151,7 +153,8 @@ async def test_chunked_prefill_and_preemption_change_nothing(
 ) -> None:
     model = MODEL_MAKERS[architecture](tmp_path, seed=0)
     prompts = prompts_that_share_beginnings(40 if proof.IS_LONG else 16)
-    async with running_engine(model, engine=CROWDED, max_draft_length=LONGEST_DRAFT) as engine:
+    crowded = {**CROWDED, **WINDOWED.get(architecture, {})}
+    async with running_engine(model, engine=crowded, max_draft_length=LONGEST_DRAFT) as engine:
         await speculate(engine, LONGEST_DRAFT)
         drafted = await generate(engine, prompts, greedy(72), name="crowded")
         outputs = [group[0].token_ids for group in drafted]

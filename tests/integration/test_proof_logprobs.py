@@ -12,7 +12,13 @@ from rollout_server.engine.actor import EngineActor
 from shared.schemas.rollouts import SamplingOptions
 from tests.support import proof
 from tests.support.engine import generate, running_engine, speculate
-from tests.support.judge import behaviour_logprobs, completion_logits
+from tests.support.judge import (
+    LOGIT_TOLERANCE,
+    NUCLEUS_TOLERANCE,
+    behaviour_logprobs,
+    completion_logits,
+    support_is_blurred,
+)
 from tests.support.models import make_model, random_prompts
 from tests.support.proof_models import SelfDrafting
 
@@ -36,7 +42,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 async def differences(
     engine: EngineActor, model: Path, setting: dict[str, Any], name: str
 ) -> torch.Tensor:
-    """|returned - recomputed| of every sampled token."""
+    """|returned - recomputed| of every sampled token.
+
+    Where rounding decides whether a token is inside of min-p or top-p, either answer is right: the
+    distance is to the nearer of the two, with the token in and with it out.
+    """
     sampling = SamplingOptions.model_validate(
         {**setting, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     )
@@ -47,10 +57,30 @@ async def differences(
     found = []
     for (prompt, sample), scores_TV in zip(pairs, logits, strict=True):
         assert len(sample.logprobs) == len(sample.token_ids) == NUM_TOKENS
-        expected_TV = behaviour_logprobs(scores_TV, prompt, sample.token_ids, sampling)
-        expected = expected_TV.gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
-        found.append((expected - torch.tensor(sample.logprobs)).abs())
+        token_ids_T1 = torch.tensor(sample.token_ids)[:, None]
+        blurred_T = support_is_blurred(scores_TV, prompt, sample.token_ids, sampling)
+        readings = []
+        for reading in (sampling, *on_both_sides_of_the_edge(sampling)):
+            expected_TV = behaviour_logprobs(scores_TV, prompt, sample.token_ids, reading)
+            expected_T = expected_TV.gather(1, token_ids_T1)[:, 0]
+            readings.append((expected_T - torch.tensor(sample.logprobs)).abs())
+        nearest_T = torch.stack(readings).amin(dim=0)
+        found.append(torch.where(blurred_T, nearest_T, readings[0]))
     return torch.cat(found)
+
+
+def on_both_sides_of_the_edge(sampling: SamplingOptions) -> list[SamplingOptions]:
+    """The same options with what is left by rounding only taken in, and left out."""
+    readings = []
+    for sign in (-1, 1):
+        changes: dict[str, float] = {}
+        if sampling.min_p:
+            changes["min_p"] = sampling.min_p * (1 + sign * 2 * LOGIT_TOLERANCE)
+        if sampling.top_p < 1.0:
+            changes["top_p"] = sampling.top_p + sign * 2 * NUCLEUS_TOLERANCE
+        if changes:
+            readings.append(sampling.model_copy(update=changes))
+    return readings
 
 
 async def check_every_kind_of_token(
