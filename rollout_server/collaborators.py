@@ -10,7 +10,7 @@ from typing import Protocol
 
 from rollout_server.scoring.types import RewardResult, ScoreJob
 from shared.schemas.rollouts import ChatMessage, RewardSpec
-from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+from shared.schemas.weights import AuditResponse, PublishRequest, PublishResponse, WeightsResponse
 
 
 class Scorer(Protocol):
@@ -46,6 +46,8 @@ class Coordinator(Protocol):
     def committed_version(self) -> int: ...
 
     async def publish(self, request: PublishRequest) -> PublishResponse: ...
+
+    async def audit(self) -> AuditResponse: ...
 
     def status(self) -> WeightsResponse: ...
 

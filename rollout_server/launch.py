@@ -22,7 +22,9 @@ from rollout_server.model_info import read_model_info, resolve_device
 from rollout_server.scoring.pool import ScoringPool
 from rollout_server.service import RolloutService
 from rollout_server.tokenizer import HuggingFaceTokenizer
+from rollout_server.weights.commit_ledger import CommitLedger
 from rollout_server.weights.coordinator import WeightCoordinator
+from rollout_server.weights.recovery import recover
 from shared.clock import SystemClock
 from shared.config.run import RunConfig
 from shared.errors import ConfigurationError
@@ -34,18 +36,26 @@ logger = logging.getLogger(__name__)
 @asynccontextmanager
 async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutService, str]]:
     """Everything but HTTP. Yields the service and the Ray address; stops it all on exit."""
-    sweep_stale_segments(Path(config.weights.shared_memory_dir))
+    for name in sweep_stale_segments(config.weights.directory):
+        logger.info("removed the weight segment %s of a process that is gone", name)
     device = resolve_device(config.engine.device)
     model = read_model_info(config)
     tokenizer = HuggingFaceTokenizer.load(
         config.model.path, trust_remote_code=config.model.trust_remote_code
     )
     async with contextlib.AsyncExitStack() as stack:
+        ledger = CommitLedger(config.weights_state_dir)
+        stack.callback(ledger.close)
+        recovered = await asyncio.to_thread(
+            recover, ledger, config.weights.lost_snapshot, config.weights.directory
+        )
         ray_address = start_or_join_cluster(config.ray)
         stack.callback(leave_cluster)
         pool = RayEnginePool(config, model, device)
         stack.push_async_callback(pool.close)
-        coordinator = WeightCoordinator(pool, config.weights, SystemClock())
+        coordinator = WeightCoordinator(
+            pool, config.weights, SystemClock(), ledger, recovered, config.model.path
+        )
         scoring = ScoringPool(config.scoring)
         service = RolloutService(config, pool, scoring, coordinator, tokenizer)
         pool.before_serving(coordinator.bring_up_to_date)

@@ -25,7 +25,12 @@ from shared.errors import SlipstreamError, UnavailableError
 from shared.schemas.engines import EnginesResponse
 from shared.schemas.operations import ReadyzResponse
 from shared.schemas.speculation import SpeculationPolicy
-from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+from shared.schemas.weights import (
+    AuditResponse,
+    PublishRequest,
+    PublishResponse,
+    WeightsResponse,
+)
 
 MIB = 1024 * 1024
 
@@ -159,6 +164,10 @@ class RolloutService:
         self.metrics.observe_push(monotonic() - started_s)
         self.router.wake()
         return response
+
+    async def audit_weights(self) -> AuditResponse:
+        """Compare what engines compute with, with what is committed."""
+        return await self._coordinator.audit()
 
     def weights(self) -> WeightsResponse:
         """Committed version, per-engine versions, history."""

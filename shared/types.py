@@ -130,3 +130,51 @@ class TransportKind(StrEnum):
 
     SHARED_MEMORY = "shared_memory"
     """A safetensors file in /dev/shm, mapped by every engine on the host."""
+    FILESYSTEM = "filesystem"
+    """A safetensors file in a directory that trainer, server and every engine's host share."""
+
+
+class CommitPolicy(StrEnum):
+    """How many engines must have loaded a push for it to be committed."""
+
+    ALL = "all"
+    """Every engine that staged it; otherwise those that loaded it go back to the version before."""
+    QUORUM = "quorum"
+    """``weights.commit_quorum`` of them; the others are replaced."""
+
+
+class LostSnapshotPolicy(StrEnum):
+    """What a server does that finds its last committed weights gone when it starts again."""
+
+    FAIL = "fail"
+    """Refuse to start, and say what is missing."""
+    MODEL = "model"
+    """Serve the model directory as version 0. Versions used before are never taken again."""
+
+
+class PushPhase(StrEnum):
+    """Where a weight push stands. Both ends are final."""
+
+    VERIFYING = "verifying"
+    """Names, shapes, dtypes, digests and finiteness, on the server."""
+    STAGING = "staging"
+    """Every engine checks it against its model."""
+    LOADING = "loading"
+    """Engines are paused and replace target and drafter; none generates with the new version."""
+    COMMITTED = "committed"
+    """Recorded; engines resume on the new version."""
+    ROLLING_BACK = "rolling_back"
+    """Too few engines could load it: those that did load the version before again."""
+    REFUSED = "refused"
+    """The version before serves on every engine."""
+
+
+PUSH_TRANSITIONS: dict[PushPhase, frozenset[PushPhase]] = {
+    PushPhase.VERIFYING: frozenset({PushPhase.STAGING, PushPhase.REFUSED}),
+    PushPhase.STAGING: frozenset({PushPhase.LOADING, PushPhase.REFUSED}),
+    # Straight to REFUSED where every engine was drained meanwhile, or the server shuts down.
+    PushPhase.LOADING: frozenset({PushPhase.COMMITTED, PushPhase.ROLLING_BACK, PushPhase.REFUSED}),
+    PushPhase.ROLLING_BACK: frozenset({PushPhase.REFUSED}),
+    PushPhase.COMMITTED: frozenset(),
+    PushPhase.REFUSED: frozenset(),
+}

@@ -114,7 +114,7 @@ class Policy:
         )
 
     def served_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and weights as the engines take them: HF names, served dtype, on the CPU.
+        """Names and weights, as they are kept here; ``served_pieces`` rounds them.
 
         Tied tensors come once, under their first name (the embedding, not the LM head). Buffers
         that are not saved with the model (rotary tables) stay out.
@@ -124,8 +124,20 @@ class Policy:
             if tensor.data_ptr() in seen and tensor.numel() > 0:
                 continue
             seen.add(tensor.data_ptr())
-            dtype = self.served_dtype if tensor.is_floating_point() else tensor.dtype
-            yield name, tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+            yield name, tensor.detach()
+
+    def dtype_served(self, tensor: torch.Tensor) -> torch.dtype:
+        """The dtype in which engines take a tensor."""
+        return self.served_dtype if tensor.is_floating_point() else tensor.dtype
+
+    def served_pieces(self, tensor: torch.Tensor, piece_bytes: int) -> Iterator[torch.Tensor]:
+        """The tensor in the served dtype and on the CPU, flat, at most ``piece_bytes`` at a time.
+
+        So that publishing never holds a second copy of the model, nor of a large embedding.
+        """
+        dtype = self.dtype_served(tensor)
+        for piece in tensor.reshape(-1).split(max(piece_bytes // dtype.itemsize, 1)):
+            yield piece.to(device="cpu", dtype=dtype)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Hands a new version of the policy to the server: a shared-memory file and one HTTP call."""
+"""Hands a new version of the policy to the server: a file both can see, and one HTTP call."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from time import monotonic
 
 import torch
 
+from shared.config.weights import WeightsConfig
 from shared.errors import SlipstreamError, WeightTransferError
-from shared.schemas.weights import PublishRequest, PublishResponse
-from shared.weights import (
-    TensorSource,
-    build_manifest,
-    segment_name,
-    sweep_stale_segments,
-    write_safetensors,
-)
+from shared.schemas.weights import PublishRequest, PublishResponse, WeightManifest
+from shared.segment_writer import TensorBuffer, TensorSpec, write_segment
+from shared.types import TransportKind
+from shared.weights import segment_name, sweep_stale_segments
 from trainer.policy import Policy
 from trainer.rollout_client import RolloutClient
 
 LOGGER = logging.getLogger(__name__)
+
+PIECE_BYTES = 1 << 25
+"""Of a tensor, rounded to the served dtype and in memory at a time."""
 
 _SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -51,9 +51,10 @@ class PushReport:
 class Publisher:
     """Writes, announces and removes weight segments. Versions only go up."""
 
-    def __init__(self, client: RolloutClient, directory: str | Path) -> None:
+    def __init__(self, client: RolloutClient, config: WeightsConfig) -> None:
         self._client = client
-        self._directory = Path(directory)
+        self._config = config
+        self._directory = config.directory
         for name in sweep_stale_segments(self._directory):
             LOGGER.info("removed the weight segment %s of a process that is gone", name)
 
@@ -73,9 +74,12 @@ class Publisher:
         # A name left behind by an interrupted push of this very process would refuse the write.
         path.unlink(missing_ok=True)
         try:
-            num_bytes = write_safetensors(path, _sources(policy))
+            manifest = self._write(path, policy)
             request = PublishRequest(
-                version=version, base_version=base_version, manifest=build_manifest(path)
+                version=version,
+                base_version=base_version,
+                transport=self._config.transport,
+                manifest=manifest,
             )
             response = self._send(request)
         finally:
@@ -91,10 +95,26 @@ class Publisher:
                 )
         return PushReport(
             version=version,
-            num_bytes=num_bytes,
+            num_bytes=sum(entry.num_bytes for entry in manifest.tensors),
             push_s=monotonic() - started_s,
             paused_s=paused_s,
         )
+
+    def _write(self, path: Path, policy: Policy) -> WeightManifest:
+        """The policy as a segment, a piece of a tensor in memory at a time."""
+        tensors = dict(policy.served_tensors())
+        specs = [
+            TensorSpec(name, _SAFETENSORS_DTYPES[policy.dtype_served(tensor)], tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        ]
+
+        def produce(spec: TensorSpec) -> Iterator[TensorBuffer]:
+            for piece in policy.served_pieces(tensors[spec.name], PIECE_BYTES):
+                # numpy has no bfloat16; only the bytes matter, so every tensor goes as bytes.
+                yield piece.view(torch.uint8).numpy()
+
+        is_durable = self._config.transport is TransportKind.FILESYSTEM
+        return write_segment(path, specs, produce, is_durable=is_durable)
 
     def _send(self, request: PublishRequest) -> PublishResponse | None:
         """The server's answer; None when it got lost but the version is committed all the same."""
@@ -107,10 +127,3 @@ class Publisher:
                 raise
             LOGGER.warning("version %d was committed, its answer was lost", request.version)
             return None
-
-
-def _sources(policy: Policy) -> Iterator[TensorSource]:
-    for name, tensor in policy.served_tensors():
-        # numpy has no bfloat16; only the bytes matter, so every tensor goes as bytes.
-        raw = tensor.reshape(-1).view(torch.uint8).numpy()
-        yield name, _SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape), raw

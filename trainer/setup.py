@@ -70,7 +70,7 @@ def build_trainer(
     policy, tokenizer, optimization = _build_policy(config, checkpoint)
     client = RolloutClient(options.server_url, timeout_s=options.api_timeout_s, pause=stop.wait)
     client.wait_until_ready()
-    publisher = Publisher(client, config.weights.shared_memory_dir)
+    publisher = Publisher(client, config.weights)
     version = _agree_on_version(client, publisher, policy, checkpoint)
     speculation = SpeculationLog(client, recorder)
     loop = TrainingLoop(

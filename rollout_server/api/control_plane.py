@@ -12,7 +12,7 @@ from rollout_server.status_poller import NO_HISTORY_STEP
 from shared.schemas.base import ErrorResponse
 from shared.schemas.engines import EnginesResponse, ScaleRequest
 from shared.schemas.speculation import SpeculationChange, SpeculationResponse
-from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+from shared.schemas.weights import AuditResponse, PublishRequest, PublishResponse, WeightsResponse
 
 router = APIRouter(tags=["control"])
 
@@ -41,6 +41,16 @@ async def get_weights(service: Service) -> Response:
 async def post_weights(request: Request, service: Service) -> Response:
     """Stage, verify and commit a new version on every engine."""
     return json_response(await service.publish(await read_body(request, PublishRequest)))
+
+
+@router.post("/v1/weights/audit", response_model=None, responses={200: {"model": AuditResponse}})
+async def audit_weights(service: Service) -> Response:
+    """Compare every engine's live weights and drafter with the committed ones, tensor by tensor.
+
+    Takes seconds to minutes; engines go on generating between layers, pushes wait. An engine with
+    other weights is taken out and replaced.
+    """
+    return json_response(await service.audit_weights())
 
 
 @router.get("/v1/engines", response_model=None, responses={200: {"model": EnginesResponse}})

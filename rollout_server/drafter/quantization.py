@@ -221,6 +221,10 @@ class DraftLinearMethod(LinearMethodBase):
         self._staging = None
         self._loaded_shards.clear()
 
+    def packed_tensors(self) -> list[torch.Tensor]:
+        """The kernel's own tensors; empty where it keeps them inside a library."""
+        return self._kernel.matmul.tensors()
+
     def num_bytes(self) -> int:
         """Memory of the packed weight and scales."""
         return self._kernel.matmul.num_bytes()

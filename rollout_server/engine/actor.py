@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rollout_server.drafter.lag import is_rebuild_due
 from rollout_server.engine.arguments import EngineSpec, vllm_arguments
 from rollout_server.engine.calibration_key import calibration_key
 from rollout_server.engine.calibration_run import calibrate_itself
@@ -27,14 +26,14 @@ from rollout_server.engine.outputs import (
     version_spans,
 )
 from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
+from rollout_server.engine.weight_loading import WeightLoading
 from rollout_server.speculation.calibration import CalibrationKey, find_calibration
 from rollout_server.speculation.cost_model import CostModel
 from rollout_server.speculation.steps import StepShape
-from rollout_server.weights.expectation import check_against_model, expected_tensors
-from shared.errors import EngineDeadError, EngineError, InvalidRequestError, WeightCommitError
+from shared.errors import EngineDeadError, EngineError, InvalidRequestError
 from shared.schemas.rollouts import SamplingOptions
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
-from shared.schemas.weights import EngineCommitTimings, WeightManifest
+from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
 from shared.types import DrafterScheme, FinishReason, PauseMode, SpeculationMode
 
 LOGGER = logging.getLogger(__name__)
@@ -65,8 +64,7 @@ class EngineActor:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._llm: Any = None
-        self._current_version = 0
-        self._drafter_version = 0
+        self._weights = WeightLoading(spec)
 
     async def start(self) -> EngineFacts:
         """Load the model, build the drafter, warm up.
@@ -165,7 +163,7 @@ class EngineActor:
         async for output in self._outputs(request, streaming=False):
             final = output
         assert final is not None, "vLLM ended a request without an output"
-        samples = [to_generated_sample(output, self._current_version) for output in final.outputs]
+        samples = [to_generated_sample(output, self._weights.version) for output in final.outputs]
         return GenerateResult(
             engine_id=self._spec.engine_id,
             samples=sorted(samples, key=lambda sample: sample.sample_index),
@@ -187,7 +185,7 @@ class EngineActor:
                     finish_reason=None if finish is None else FinishReason(finish),
                     weight_versions=None
                     if finish is None
-                    else version_spans(completion, self._current_version),
+                    else version_spans(completion, self._weights.version),
                 )
 
     async def _outputs(self, request: GenerateRequest, streaming: bool) -> AsyncIterator[Any]:
@@ -228,50 +226,36 @@ class EngineActor:
 
     async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
         """Check a verified file against the model and map it in every rank. Seconds."""
-        started = time.perf_counter()
-        check_against_model(manifest, expected_tensors(self._spec.model.path))
-        await self._llm.collective_rpc("slipstream_stage", args=(version, path))
-        return time.perf_counter() - started
+        return await self._weights.stage(self._running(), version, path, manifest)
+
+    async def stage_initial(self) -> float:
+        """Stage the model directory the engine started from, as version 0. Seconds."""
+        return await self._weights.stage_initial(self._running())
 
     async def discard(self, version: int) -> None:
-        await self._llm.collective_rpc("slipstream_discard", args=(version,))
+        """Forget a staged version."""
+        await self._weights.discard(self._running(), version)
 
-    async def commit(self, version: int, pause_mode: PauseMode) -> EngineCommitTimings:
-        """Pause, load the target, requantize the drafter, set both versions, resume.
+    async def load_weights(
+        self, version: int, pause_mode: PauseMode, recompute_kv: bool = False
+    ) -> None:
+        """Pause, load the target, requantize the drafter, set both versions; stay paused."""
+        await self._weights.load(self._running(), version, pause_mode, recompute_kv)
 
-        Raises:
-            WeightCommitError: the engine is left paused and poisoned; it must not be used again.
-        """
-        clock = time.perf_counter
-        started = clock()
-        try:
-            core = self._llm.engine_core
-            await core.pause_scheduler_async(mode=pause_mode.value, clear_cache=False)
-            paused = clock()
-            rebuild = is_rebuild_due(
-                version, self._drafter_version, self._spec.drafter.requantize_every
-            )
-            ranks = await self._llm.collective_rpc("slipstream_load", args=(version, rebuild))
-            drafter_version = version if rebuild else self._drafter_version
-            await self._core("slipstream_set_weight_versions", version, drafter_version)
-            self._current_version, self._drafter_version = version, drafter_version
-            loaded = clock()
-            await core.resume_scheduler_async()
-        except Exception as exc:
-            # Anything in here may leave half-loaded weights behind: never resume, never reuse.
-            raise WeightCommitError(
-                f"engine {self._spec.engine_id} failed to commit version {version}: {exc}"
-            ) from exc
-        finished = clock()
-        return EngineCommitTimings(
-            engine_id=self._spec.engine_id,
-            stage_s=0.0,
-            pause_s=paused - started,
-            load_s=max(rank["load_s"] for rank in ranks),
-            requantize_s=max(rank["requantize_s"] for rank in ranks),
-            resume_s=finished - loaded,
-            paused_s=finished - started,
-        )
+    async def resume(self) -> EngineCommitTimings:
+        """Generate again after ``load_weights``; seconds of every part."""
+        return await self._weights.resume(self._running())
+
+    async def audit(self, path: str) -> EngineAudit:
+        """Compare live weights and drafter with the file they should be of."""
+        return await self._weights.audit(self._running(), path)
+
+    async def commit(
+        self, version: int, pause_mode: PauseMode, recompute_kv: bool = False
+    ) -> EngineCommitTimings:
+        """``load_weights`` and ``resume``, for callers with a single engine."""
+        await self.load_weights(version, pause_mode, recompute_kv)
+        return await self.resume()
 
     async def shutdown(self) -> None:
         """Stop vLLM's processes."""
@@ -281,6 +265,9 @@ class EngineActor:
             self._llm = None
 
     async def _core(self, method: str, *args: Any) -> Any:
+        return await self._running().engine_core.call_utility_async(method, *args)
+
+    def _running(self) -> Any:
         if self._llm is None:
             raise EngineDeadError(f"engine {self._spec.engine_id} is not running")
-        return await self._llm.engine_core.call_utility_async(method, *args)
+        return self._llm

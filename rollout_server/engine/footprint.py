@@ -60,6 +60,15 @@ def _files_of(inodes: set[int]) -> Iterable[str]:
                 yield entry.path
 
 
+def merged(earlier: Footprint | None, later: Footprint) -> Footprint:
+    """Everything of both, the later one's actor last."""
+    if earlier is None:
+        return later
+    gone = [process for process in earlier.processes if process not in later.processes]
+    files = {*earlier.shared_memory_files, *later.shared_memory_files}
+    return Footprint(processes=(*gone, *later.processes), shared_memory_files=tuple(sorted(files)))
+
+
 def remove_footprint(footprint: Footprint) -> None:
     """Wait for the processes to end, kill those that do not, remove their files.
 
@@ -68,8 +77,8 @@ def remove_footprint(footprint: Footprint) -> None:
     for pid, create_time in footprint.processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
-            if process.create_time() != create_time:
-                continue  # the id belongs to somebody else by now
+            if _is_reused(pid, create_time):
+                continue
             try:
                 process.wait(EXIT_TIMEOUT_S)
             except psutil.TimeoutExpired:
@@ -77,6 +86,16 @@ def remove_footprint(footprint: Footprint) -> None:
                     os.kill(pid, signal.SIGKILL)
     for path in footprint.shared_memory_files:
         Path(path).unlink(missing_ok=True)
-    for pid, _ in footprint.processes:
+    for pid, create_time in footprint.processes:
+        if _is_reused(pid, create_time):
+            continue
         for leftover in SHARED_MEMORY.glob(OPENMP_FILE.format(pid=pid)):
             leftover.unlink(missing_ok=True)
+
+
+def _is_reused(pid: int, create_time: float) -> bool:
+    """Whether another process has this id by now."""
+    try:
+        return psutil.Process(pid).create_time() != create_time
+    except psutil.NoSuchProcess:
+        return False

@@ -13,14 +13,14 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rollout_server.engine.actor import EngineFacts
 from rollout_server.engine.arguments import EngineSpec
-from rollout_server.engine.footprint import Footprint, remove_footprint
+from rollout_server.engine.footprint import Footprint, merged, remove_footprint
 from rollout_server.engine.lifecycle import EngineLifecycle
 from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
-from shared.config.server import WeightsConfig
+from shared.config.weights import WeightsConfig
 from shared.errors import EngineDeadError, EngineError, SlipstreamError, WeightCommitError
 from shared.schemas.engines import EngineStatus
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
-from shared.schemas.weights import EngineCommitTimings, WeightManifest
+from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
 from shared.types import DrafterScheme, EngineState
 
 CONTROL_TIMEOUT_S = 30.0
@@ -39,6 +39,7 @@ class RayEngineHandle:
         self._facts: EngineFacts | None = None
         self._footprint: Footprint | None = None
         self._committed_version = 0
+        self._state_before_sync = EngineState.SERVING
         self._stage_s: dict[int, float] = {}
         self._created_s = time.monotonic()
 
@@ -62,6 +63,11 @@ class RayEngineHandle:
     def facts(self) -> EngineFacts | None:
         """Known once the engine has started."""
         return self._facts
+
+    @property
+    def footprint(self) -> Footprint | None:
+        """Processes and files of the engine; known once it has started."""
+        return self._footprint
 
     async def start(self) -> EngineFacts:
         """Load and warm up; the state stays STARTING until the pool says SERVING.
@@ -176,36 +182,72 @@ class RayEngineHandle:
         self._stage_s.pop(version, None)
         await self._control(self._actor.discard.remote(version), "to discard a staged version")
 
-    async def commit(self, version: int) -> EngineCommitTimings:
+    async def stage_initial(self) -> float:
         self._check_alive()
-        state_before = self.state
-        # A joining engine commits before it ever serves; it has nothing to pause.
-        if state_before is not EngineState.STARTING:
+        seconds: float = await self._call(
+            self._actor.stage_initial.remote(),
+            "to stage the model directory's weights",
+            self._weights.stage_timeout_s,
+        )
+        return seconds
+
+    async def load_weights(self, version: int) -> None:
+        self._check_alive()
+        # A joining engine loads before it ever serves; it has nothing to pause.
+        if self.state in (EngineState.SERVING, EngineState.PAUSED):
+            self._state_before_sync = self.state
             self._lifecycle.move(EngineState.SYNCING)
+        await self._or_die(
+            self._actor.load_weights.remote(
+                version, self._weights.pause_mode, self._weights.recompute_kv
+            ),
+            f"to load version {version}",
+            self._weights.pause_timeout_s + self._weights.commit_timeout_s,
+        )
+        self._committed_version = version
+
+    async def resume(self) -> EngineCommitTimings:
+        self._check_alive()
+        timings: EngineCommitTimings = await self._or_die(
+            self._actor.resume.remote(), "to resume", self._weights.commit_timeout_s
+        )
+        if self.state is EngineState.SYNCING:
+            self._lifecycle.move(self._state_before_sync)
+        stage_s = self._stage_s.pop(self._committed_version, 0.0)
+        return timings.model_copy(update={"stage_s": stage_s})
+
+    async def audit(self, path: str) -> EngineAudit:
+        self._check_alive()
+        report: EngineAudit = await self._call(
+            self._actor.audit.remote(path),
+            "to compare its weights (weights.audit_timeout_s)",
+            self._weights.audit_timeout_s,
+        )
+        return report
+
+    def condemn(self, reason: str) -> None:
+        self._lifecycle.die(reason)
+
+    async def _or_die(self, reference: Awaitable[Any], purpose: str, timeout_s: float) -> Any:
+        """A call of the commit window: nobody knows how far a failed one got, so that its engine
+        never serves again. Also when cancelled."""
         try:
-            timings: EngineCommitTimings = await self._call(
-                self._actor.commit.remote(version, self._weights.pause_mode),
-                f"to commit version {version}",
-                self._weights.pause_timeout_s + self._weights.commit_timeout_s,
-            )
+            return await self._call(reference, purpose, timeout_s)
         except BaseException as exc:
-            # Also when cancelled: nobody knows how far the engine got, so it never serves again.
-            self._lifecycle.die(f"commit of version {version} failed: {exc}")
+            self._lifecycle.die(f"it failed {purpose}: {exc}")
             if isinstance(exc, SlipstreamError):
                 raise WeightCommitError(exc.message) from exc
             raise
-        self._committed_version = version
-        if state_before is not EngineState.STARTING:
-            self._lifecycle.move(state_before)
-        return timings.model_copy(update={"stage_s": self._stage_s.pop(version, 0.0)})
 
     async def stop(self, reason: str) -> None:
         """Shut vLLM down, then the actor, then remove whatever of them is still there."""
         self._lifecycle.die(reason)
         with contextlib.suppress(SlipstreamError):
-            self._footprint = await self._call(
+            latest: Footprint = await self._call(
                 self._actor.footprint.remote(), "to list its processes", FOOTPRINT_TIMEOUT_S
             )
+            # What it had when it started counts too: a child that was killed is no longer seen.
+            self._footprint = merged(self._footprint, latest)
         with contextlib.suppress(SlipstreamError):
             await self._call(self._actor.shutdown.remote(), "to shut down", CONTROL_TIMEOUT_S)
         ray.kill(self._actor, no_restart=True)

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.cluster import create_engine_actor
+from rollout_server.engine.footprint_store import FootprintStore
 from rollout_server.engine.handle import RayEngineHandle
 from rollout_server.engine.protocol import EngineHandle, ModelInfo
 from shared.config.run import RunConfig
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 RECONCILE_INTERVAL_S = 0.5
 DRAIN_POLL_S = 0.1
+FOOTPRINTS_DIRECTORY = "engines"
 MAX_START_FAILURES = 3
 """Failed starts in a row after which the pool gives up, so that a broken model does not loop."""
 BACKOFF_S = 2.0
@@ -49,6 +51,7 @@ class RayEnginePool:
         self._device = device
         self._handles: list[RayEngineHandle] = []
         self._target_count = config.engine.count
+        self._footprints = FootprintStore(config.run_dir / FOOTPRINTS_DIRECTORY)
         self._prepare: list[Preparation] = []
         self._indices = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -78,11 +81,12 @@ class RayEnginePool:
         self._prepare.append(preparation)
 
     async def start(self) -> None:
-        """Start the configured engines and wait for all of them.
+        """Clean up after a server that was killed, start the configured engines, wait for all.
 
         Raises:
             EngineError: an engine did not start; the others are stopped.
         """
+        await asyncio.to_thread(self._footprints.clean_up)
         self._reconciler = asyncio.create_task(self._reconcile_forever(), name="engine-pool")
         while sum(h.state is EngineState.SERVING for h in self._handles) < self._target_count:
             if self._start_failures:
@@ -109,7 +113,7 @@ class RayEnginePool:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(
-            *(handle.stop("server is shutting down") for handle in self._handles),
+            *(self._stop(handle, "server is shutting down") for handle in self._handles),
             return_exceptions=True,
         )
         self._handles.clear()
@@ -125,7 +129,7 @@ class RayEnginePool:
         for handle in [h for h in self._handles if h.state is EngineState.DEAD]:
             logger.warning("engine %s is dead: %s", handle.engine_id, handle.error)
             self._handles.remove(handle)
-            self._spawn(handle.stop(handle.error or "dead"))
+            self._spawn(self._stop(handle, handle.error or "dead"))
         live = [handle for handle in self._handles if handle.state in LIVE_STATES]
         if len(live) < self._target_count and self._start_failures < MAX_START_FAILURES:
             for _ in range(self._target_count - len(live)):
@@ -161,6 +165,8 @@ class RayEnginePool:
     async def _bring_up(self, handle: RayEngineHandle) -> None:
         try:
             facts = await handle.start()
+            if handle.footprint is not None:
+                self._footprints.remember(handle.engine_id, handle.footprint)
             for preparation in self._prepare:
                 await preparation(handle)
             handle.serve()
@@ -168,7 +174,7 @@ class RayEnginePool:
             self._start_failures += 1
             self._last_start_error = exc.message
             logger.error("engine %s failed to start: %s", handle.engine_id, exc.message)
-            await handle.stop(exc.message)
+            await self._stop(handle, exc.message)
             await asyncio.sleep(BACKOFF_S * self._start_failures)
         else:
             self._start_failures = 0
@@ -192,8 +198,12 @@ class RayEnginePool:
                     break
                 await asyncio.sleep(DRAIN_POLL_S)
         self._handles.remove(handle)
-        await handle.stop("drained")
+        await self._stop(handle, "drained")
         logger.info("engine %s drained and stopped", handle.engine_id)
+
+    async def _stop(self, handle: RayEngineHandle, reason: str) -> None:
+        await handle.stop(reason)
+        self._footprints.forget(handle.engine_id)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         async def run() -> None:

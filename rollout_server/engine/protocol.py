@@ -13,7 +13,7 @@ from typing import Protocol
 from shared.schemas.engines import EngineStatus
 from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
-from shared.schemas.weights import EngineCommitTimings, WeightManifest
+from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
 from shared.types import EngineState, FinishReason
 
 
@@ -100,12 +100,37 @@ class EngineHandle(Protocol):
         """
         ...
 
-    async def commit(self, version: int) -> EngineCommitTimings:
-        """Pause, load, requantize, set both versions, resume.
+    async def stage_initial(self) -> float:
+        """Stage, as version 0, the weights of the model directory the engine started from.
+
+        Raises:
+            EngineError: they are not there as safetensors files.
+        """
+        ...
+
+    async def load_weights(self, version: int) -> None:
+        """Pause, load the target, requantize the drafter, set both versions. Stays paused
+        (SYNCING) until ``resume``; may be asked again meanwhile, for another staged version.
 
         Raises:
             WeightCommitError: the engine is poisoned; its state is DEAD.
         """
+        ...
+
+    async def resume(self) -> EngineCommitTimings:
+        """End of a push: generate again. Seconds of every part since the pause.
+
+        Raises:
+            WeightCommitError: the engine is poisoned; its state is DEAD.
+        """
+        ...
+
+    async def audit(self, path: str) -> EngineAudit:
+        """Compare live weights and drafter with a file (or model directory) of their version."""
+        ...
+
+    def condemn(self, reason: str) -> None:
+        """Never use it again: its state is DEAD from now on, and the pool replaces it."""
         ...
 
     async def discard(self, version: int) -> None:

@@ -1,8 +1,8 @@
-"""Runs weight pushes over all engines: verify, stage everywhere, commit everywhere.
+"""Runs weight pushes over all engines, one at a time, and remembers what is committed.
 
 Called by the control plane (``publish``, ``status``) and by the engine pool
 (``bring_up_to_date``). Owns the committed version and the file behind it. One lock makes pushes and
-joins strictly one after the other; the rules themselves are in ``protocol_state``.
+joins strictly one after the other; a push itself is in ``push``, the rules in ``protocol_state``.
 """
 
 from __future__ import annotations
@@ -11,38 +11,33 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator
+from typing import Any
 
 from rollout_server.engine.protocol import EngineHandle, EnginePool
-from rollout_server.weights.engine_calls import (
-    commit_on,
-    stage_on,
-    try_commit,
-    try_discard,
-    try_stage,
-)
-from rollout_server.weights.protocol_state import (
-    PushAdmission,
-    admit_push,
-    judge_commit,
-    judge_stage,
-    takes_part,
-)
-from rollout_server.weights.snapshot import CommittedSnapshot, adopt_segment, remove_segment
-from rollout_server.weights.verify import verify_segment
+from rollout_server.weights.audit import audit_engines
+from rollout_server.weights.commit_ledger import CommitLedger
+from rollout_server.weights.engine_calls import load_on, resume_on, stage_on
+from rollout_server.weights.protocol_state import PushAdmission, admit_push, takes_part
+from rollout_server.weights.push import Push
+from rollout_server.weights.recovery import Recovered, leave_behind
+from rollout_server.weights.snapshot import CommittedSnapshot
 from shared.clock import Clock
-from shared.config.server import WeightsConfig
-from shared.errors import InvalidRequestError, UnavailableError, WeightTransferError
+from shared.config.weights import WeightsConfig
+from shared.errors import (
+    InvalidRequestError,
+    SlipstreamError,
+    UnavailableError,
+)
 from shared.schemas.weights import (
-    EngineCommitTimings,
+    AuditResponse,
     EngineVersions,
     PublishRequest,
     PublishResponse,
+    PushStatus,
     WeightHistoryEntry,
     WeightsResponse,
 )
-from shared.types import EngineState
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +45,34 @@ logger = logging.getLogger(__name__)
 class WeightCoordinator:
     """One per server. Version 0 is the model directory the engines start from."""
 
-    def __init__(self, pool: EnginePool, config: WeightsConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        pool: EnginePool,
+        config: WeightsConfig,
+        clock: Clock,
+        ledger: CommitLedger,
+        recovered: Recovered | None = None,
+        model_path: str = "",
+    ) -> None:
+        """
+        Args:
+            ledger: where commits are recorded; closed by ``close``.
+            recovered: what an earlier server had committed.
+            model_path: what engines start from: version 0.
+        """
+        recovered = recovered or Recovered()
         self._pool = pool
         self._config = config
         self._clock = clock
-        self._directory = Path(config.shared_memory_dir)
+        self._ledger = ledger
+        self._model_path = model_path
         self._lock = asyncio.Lock()
         self._pushes: set[asyncio.Task[PublishResponse]] = set()
-        self._snapshot: CommittedSnapshot | None = None
+        self._push: Push | None = None
+        self._num_commits = 0
+        self._background: set[asyncio.Task[None]] = set()
+        self._snapshot = recovered.snapshot
+        self._last_version_used = recovered.last_version_used
         self._last_response: PublishResponse | None = None
         self._history: deque[WeightHistoryEntry] = deque(maxlen=config.history_size)
         self._up_to_date: set[str] = set()
@@ -77,6 +92,7 @@ class WeightCoordinator:
         """Body of ``GET /v1/weights``."""
         return WeightsResponse(
             committed_version=self.committed_version,
+            push=self._push_status(),
             engines=[
                 # A commit sets both versions or poisons the engine, so they cannot differ here.
                 EngineVersions(
@@ -88,6 +104,11 @@ class WeightCoordinator:
             ],
             history=list(self._history),
         )
+
+    def _push_status(self) -> PushStatus | None:
+        if self._push is None:
+            return None
+        return PushStatus(version=self._push.version, phase=self._push.phase)
 
     async def publish(self, request: PublishRequest) -> PublishResponse:
         """Bring every serving engine to ``request.version``, or leave all of them where they are.
@@ -102,7 +123,7 @@ class WeightCoordinator:
                 is serving, or the coordinator is closed.
             WeightVerificationError: the bytes are not what the manifest or the model says.
             WeightTransferError: an engine could not stage, or the file could not be adopted.
-            WeightCommitError: every engine failed in the commit window.
+            WeightCommitError: too few engines could load it; it is rolled back everywhere.
         """
         self._check_open()
         push = asyncio.create_task(self._publish(request), name=f"push-v{request.version}")
@@ -114,6 +135,19 @@ class WeightCoordinator:
             if push.cancelled():  # by close(); otherwise it is the caller that is cancelled
                 self._check_open()
             raise
+
+    async def audit(self) -> AuditResponse:
+        """Compare every serving engine's live weights with the committed ones; those that differ
+        are replaced.
+
+        Raises:
+            UnavailableError: a push holds the lock for ``weights.lock_timeout_s``, or the
+                coordinator is closed.
+        """
+        self._check_open()
+        async with self._exclusively("the integrity audit"):
+            path = self._model_path if self._snapshot is None else self._snapshot.path
+            return await audit_engines(self._participants(), self.committed_version, path)
 
     async def bring_up_to_date(self, handle: EngineHandle) -> None:
         """Load the last committed push into an engine that is about to serve.
@@ -131,28 +165,29 @@ class WeightCoordinator:
             snapshot = self._snapshot
             if snapshot is not None and handle.committed_version < snapshot.version:
                 await stage_on(handle, snapshot, self._config)
-                await commit_on(handle, snapshot.version, self._config)
+                await load_on(handle, snapshot.version, self._config)
+                await resume_on(handle, self._config)
             self._up_to_date.add(handle.engine_id)
 
     async def close(self) -> None:
         """Cancel a running push, then remove the server's files. May be called again."""
         self._closed = True
-        pushes = list(self._pushes)
-        for push in pushes:
-            push.cancel()
+        tasks: list[asyncio.Task[Any]] = [*self._pushes, *self._background]
+        for task in tasks:
+            task.cancel()
         # Bounded: a cancelled push only discards, which has weights.stage_timeout_s.
-        await asyncio.gather(*pushes, return_exceptions=True)
-        if self._snapshot is not None:
-            await asyncio.to_thread(remove_segment, self._snapshot.path)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        snapshot, self._snapshot = self._snapshot, None
+        await asyncio.to_thread(leave_behind, snapshot, self._ledger, self._config)
+        self._ledger.close()
 
     async def _publish(self, request: PublishRequest) -> PublishResponse:
         started_s = self._clock.monotonic_s()
         async with self._exclusively(f"version {request.version}"):
             try:
                 if self._admit(request) is PushAdmission.REPLAY:
-                    assert self._last_response is not None, "a committed push has a response"
-                    return self._last_response
-                response = await self._run(request, started_s)
+                    return self._answer_again()
+                response = await self._run(request)
             except BaseException as exc:
                 self._record(request.version, started_s, exc)
                 raise
@@ -167,47 +202,42 @@ class WeightCoordinator:
                 param="transport",
             )
         committed = None if self._snapshot is None else self._snapshot.manifest
-        return admit_push(self.committed_version, committed, request)
-
-    async def _run(self, request: PublishRequest, started_s: float) -> PublishResponse:
-        """Everything of a push that takes time; on any failure no file of it stays behind."""
-        manifest = request.manifest
-        # Adopted before it is verified: what engines load is then the very file that was checked.
-        path = adopt_segment(self._directory, manifest.segment, request.version)
-        snapshot = CommittedSnapshot(version=request.version, path=str(path), manifest=manifest)
-        try:
-            verify_s = await self._verify(snapshot)
-            engines = self._participants()
-            stage_times_s = await self._stage(snapshot, engines)
-            timings, removed = await self._commit(request.version, engines, stage_times_s)
-        except BaseException:
-            await asyncio.to_thread(remove_segment, path)
-            raise
-        previous, self._snapshot = self._snapshot, snapshot
-        self._last_response = PublishResponse(
-            version=request.version,
-            verify_s=verify_s,
-            total_s=self._clock.monotonic_s() - started_s,
-            num_bytes=sum(entry.num_bytes for entry in manifest.tensors),
-            engines=timings,
-            engines_removed=removed,
+        return admit_push(
+            self.committed_version,
+            committed,
+            request,
+            last_version_used=self._last_version_used,
         )
-        if previous is not None:
-            await asyncio.to_thread(remove_segment, previous.path)
-        return self._last_response
 
-    async def _verify(self, snapshot: CommittedSnapshot) -> float:
-        """Seconds it took."""
-        started_s = self._clock.monotonic_s()
+    async def _run(self, request: PublishRequest) -> PublishResponse:
+        push = self._push = Push(
+            request,
+            self._snapshot,
+            config=self._config,
+            ledger=self._ledger,
+            clock=self._clock,
+            participants=self._participants,
+            on_commit=self._committed,
+        )
+        self._last_response = None
+        response = await push.run()
+        self._last_response = response
+        self._num_commits += 1
+        every = self._config.audit_every
+        if every and self._num_commits % every == 0:
+            self._background.add(audit := asyncio.create_task(self._audit_quietly()))
+            audit.add_done_callback(self._background.discard)
+        return response
+
+    async def _audit_quietly(self) -> None:
+        """After a push, while nobody waits: pushes meanwhile wait for the lock."""
         try:
-            async with asyncio.timeout(self._config.stage_timeout_s):
-                await asyncio.to_thread(verify_segment, snapshot.path, snapshot.manifest)
-        except TimeoutError as exc:
-            raise WeightTransferError(
-                f"version {snapshot.version} was not verified within weights.stage_timeout_s "
-                f"{self._config.stage_timeout_s:g}"
-            ) from exc
-        return self._clock.monotonic_s() - started_s
+            await self.audit()
+        except SlipstreamError as exc:
+            logger.warning("weights: no audit: %s", exc.message)
+
+    def _committed(self, snapshot: CommittedSnapshot) -> None:
+        self._snapshot = snapshot
 
     def _participants(self) -> list[EngineHandle]:
         engines = self._pool.engines()
@@ -218,37 +248,16 @@ class WeightCoordinator:
             if takes_part(engine.state, engine.engine_id in self._up_to_date)
         ]
 
-    async def _stage(
-        self, snapshot: CommittedSnapshot, engines: Sequence[EngineHandle]
-    ) -> dict[str, float]:
-        """Stage on all; seconds by engine id. A refused version is forgotten everywhere."""
-        try:
-            reports = await asyncio.gather(
-                *(try_stage(engine, snapshot, self._config) for engine in engines)
-            )
-            return judge_stage(snapshot.version, reports)
-        except BaseException:
-            await asyncio.gather(
-                *(try_discard(engine, snapshot.version, self._config) for engine in engines)
-            )
-            raise
-
-    async def _commit(
-        self, version: int, engines: Sequence[EngineHandle], stage_times_s: dict[str, float]
-    ) -> tuple[list[EngineCommitTimings], list[str]]:
-        """Commit on all that staged; their timings, and the ids of those that failed.
-
-        One that began to drain meanwhile ends its last samples on the version they began with.
-        """
-        reports = await asyncio.gather(
-            *(
-                try_commit(engine, version, stage_times_s[engine.engine_id], self._config)
-                for engine in engines
-                if engine.engine_id in stage_times_s and engine.state is not EngineState.DRAINING
-            )
+    def _answer_again(self) -> PublishResponse:
+        """For a push that is committed already; without timings if another server ran it."""
+        assert self._snapshot is not None, "only a committed push is answered again"
+        return self._last_response or PublishResponse(
+            version=self._snapshot.version,
+            verify_s=0.0,
+            total_s=0.0,
+            num_bytes=sum(entry.num_bytes for entry in self._snapshot.manifest.tensors),
+            engines=[],
         )
-        removed = judge_commit(version, reports)
-        return [report.timings for report in reports if report.timings is not None], removed
 
     @contextlib.asynccontextmanager
     async def _exclusively(self, who: str) -> AsyncIterator[None]:

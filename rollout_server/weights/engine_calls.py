@@ -1,7 +1,7 @@
 """What the coordinator asks of one engine, each call with its time limit and its outcome as data.
 
-``stage_on`` and ``commit_on`` raise; ``try_stage``, ``try_commit`` and ``try_discard`` report, so
-that engines can be asked side by side and none of them strands the others.
+What ends in ``_on`` raises; what begins with ``try_`` reports, so that engines can be asked side by
+side and none of them strands the others.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import logging
 
 from rollout_server.engine.protocol import EngineHandle
 from rollout_server.weights.protocol_state import (
-    CommitOutcome,
-    CommitReport,
+    LoadOutcome,
+    LoadReport,
     StageOutcome,
     StageReport,
 )
 from rollout_server.weights.snapshot import CommittedSnapshot
-from shared.config.server import WeightsConfig
+from shared.config.weights import WeightsConfig
 from shared.errors import (
     EngineDeadError,
     EngineError,
@@ -26,7 +26,6 @@ from shared.errors import (
     WeightVerificationError,
 )
 from shared.schemas.weights import EngineCommitTimings
-from shared.types import EngineState
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +49,8 @@ async def stage_on(
         ) from exc
 
 
-async def commit_on(
-    handle: EngineHandle, version: int, config: WeightsConfig
-) -> EngineCommitTimings:
-    """Commit, in at most ``weights.pause_timeout_s`` + ``weights.commit_timeout_s``.
+async def load_on(handle: EngineHandle, version: int, config: WeightsConfig) -> None:
+    """Pause and load, in at most ``weights.pause_timeout_s`` + ``weights.commit_timeout_s``.
 
     The engine keeps shorter limits of its own. This one is for a call that hangs all the same; it
     cancels the call, which poisons the engine like any other failure inside the commit window.
@@ -64,11 +61,27 @@ async def commit_on(
     limit_s = config.pause_timeout_s + config.commit_timeout_s
     try:
         async with asyncio.timeout(limit_s):
-            return await handle.commit(version)
+            await handle.load_weights(version)
     except TimeoutError as exc:
         raise WeightCommitError(
-            f"engine {handle.engine_id} did not commit version {version} within {limit_s:g} s "
+            f"engine {handle.engine_id} did not load version {version} within {limit_s:g} s "
             "(weights.pause_timeout_s + weights.commit_timeout_s)"
+        ) from exc
+
+
+async def resume_on(handle: EngineHandle, config: WeightsConfig) -> EngineCommitTimings:
+    """Let a loaded engine generate again, in at most ``weights.commit_timeout_s``.
+
+    Raises:
+        WeightCommitError, EngineError: the engine is poisoned.
+    """
+    try:
+        async with asyncio.timeout(config.commit_timeout_s):
+            return await handle.resume()
+    except TimeoutError as exc:
+        raise WeightCommitError(
+            f"engine {handle.engine_id} did not resume within weights.commit_timeout_s "
+            f"{config.commit_timeout_s:g}"
         ) from exc
 
 
@@ -93,27 +106,62 @@ async def try_stage(
     return StageReport(engine_id=handle.engine_id, outcome=outcome, detail=detail)
 
 
-async def try_commit(
-    handle: EngineHandle, version: int, stage_s: float, config: WeightsConfig
-) -> CommitReport:
-    """``commit_on`` with its failure as an outcome; ``stage_s`` goes into the timings."""
+async def try_load(handle: EngineHandle, version: int, config: WeightsConfig) -> LoadReport:
+    """``load_on`` with its failure as an outcome."""
     try:
-        timings = await commit_on(handle, version, config)
+        await load_on(handle, version, config)
     except SlipstreamError as exc:
         detail = exc.message
     except Exception as exc:  # a handle's defect must not strand the other engines
-        logger.exception("engine %s: unexpected error in the commit", handle.engine_id)
+        logger.exception("engine %s: unexpected error while loading", handle.engine_id)
         detail = repr(exc)
     else:
-        return CommitReport(
-            engine_id=handle.engine_id,
-            outcome=CommitOutcome.COMMITTED,
-            timings=timings.model_copy(update={"stage_s": stage_s}),
-        )
-    logger.error("engine %s: poisoned by the commit: %s", handle.engine_id, detail)
-    if handle.state is not EngineState.DEAD:
-        logger.error("engine %s: failed its commit and yet is not dead", handle.engine_id)
-    return CommitReport(engine_id=handle.engine_id, outcome=CommitOutcome.POISONED, detail=detail)
+        return LoadReport(engine_id=handle.engine_id, outcome=LoadOutcome.LOADED)
+    logger.error("engine %s: poisoned by loading: %s", handle.engine_id, detail)
+    handle.condemn(detail)
+    return LoadReport(engine_id=handle.engine_id, outcome=LoadOutcome.POISONED, detail=detail)
+
+
+async def try_resume(handle: EngineHandle, config: WeightsConfig) -> EngineCommitTimings | None:
+    """``resume_on``; None for an engine that could not, which is condemned."""
+    try:
+        return await resume_on(handle, config)
+    except SlipstreamError as exc:
+        detail = exc.message
+    except Exception as exc:  # a handle's defect must not strand the other engines
+        logger.exception("engine %s: unexpected error while resuming", handle.engine_id)
+        detail = repr(exc)
+    logger.error("engine %s: could not resume: %s", handle.engine_id, detail)
+    handle.condemn(detail)
+    return None
+
+
+async def try_go_back(
+    handle: EngineHandle, previous: CommittedSnapshot | None, config: WeightsConfig
+) -> bool:
+    """Make a paused engine load the version before again; one that cannot is condemned.
+
+    Args:
+        previous: None stands for the model directory's weights.
+    """
+    try:
+        if previous is None:
+            async with asyncio.timeout(config.stage_timeout_s):
+                await handle.stage_initial()
+            await load_on(handle, 0, config)
+        else:
+            await stage_on(handle, previous, config)
+            await load_on(handle, previous.version, config)
+    except (SlipstreamError, TimeoutError) as exc:
+        detail = f"cannot go back to the version before: {exc}"
+    except Exception as exc:  # a handle's defect must not strand the other engines
+        logger.exception("engine %s: unexpected error while going back", handle.engine_id)
+        detail = repr(exc)
+    else:
+        return await try_resume(handle, config) is not None
+    logger.error("engine %s: %s", handle.engine_id, detail)
+    handle.condemn(detail)
+    return False
 
 
 async def try_discard(handle: EngineHandle, version: int, config: WeightsConfig) -> None:

@@ -8,12 +8,14 @@
         │
     judge_stage ── an engine rejected the tensors, or did not answer: refused, old version serves
         │          a dead engine: left out
-    judge_commit ─ at least one engine committed: committed; those that failed are removed
-                   none did: not committed, and there is no engine left
+    judge_load ── enough engines loaded it, all of them paused: committed, recorded, resumed;
+                  those that failed are replaced
+                  too few: those that loaded it load the version before again, and resume
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,12 +24,11 @@ from shared.errors import (
     ConflictError,
     InvalidRequestError,
     UnavailableError,
-    WeightCommitError,
     WeightTransferError,
     WeightVerificationError,
 )
-from shared.schemas.weights import EngineCommitTimings, PublishRequest, WeightManifest
-from shared.types import EngineState
+from shared.schemas.weights import PublishRequest, WeightManifest
+from shared.types import CommitPolicy, EngineState
 
 
 class PushAdmission(StrEnum):
@@ -49,10 +50,11 @@ class StageOutcome(StrEnum):
     """No answer in time, or an error of another kind; the engine still serves the old version."""
 
 
-class CommitOutcome(StrEnum):
-    """How the commit ended on one engine."""
+class LoadOutcome(StrEnum):
+    """How loading ended on one engine."""
 
-    COMMITTED = "committed"
+    LOADED = "loaded"
+    """Paused, with the new target and drafter in place."""
     POISONED = "poisoned"
     """It failed in the commit window: nothing may be served from it any more."""
 
@@ -68,24 +70,39 @@ class StageReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CommitReport:
-    """One engine's commit."""
+class LoadReport:
+    """One engine's loading."""
 
     engine_id: str
-    outcome: CommitOutcome
+    outcome: LoadOutcome
     detail: str = ""
-    timings: EngineCommitTimings | None = None
-    """Present exactly when the outcome is COMMITTED."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadVerdict:
+    """What all engines' loading adds up to."""
+
+    is_committed: bool
+    failed: list[str]
+    """Ids of the engines that are poisoned."""
+    detail: str
+    """Why they are, in words; empty when none is."""
 
 
 def admit_push(
-    committed_version: int, committed_manifest: WeightManifest | None, request: PublishRequest
+    committed_version: int,
+    committed_manifest: WeightManifest | None,
+    request: PublishRequest,
+    *,
+    last_version_used: int = 0,
 ) -> PushAdmission:
     """May this push run against what is committed now?
 
     Args:
         committed_version: 0 stands for the weights of the model directory.
         committed_manifest: of the last push; None while there was none.
+        last_version_used: above ``committed_version`` where a restart lost committed weights; what
+            was sampled under those versions must stay theirs.
 
     Raises:
         InvalidRequestError: the version is not above its own base.
@@ -114,6 +131,12 @@ def admit_push(
             f"base_version {request.base_version} is not the committed version "
             f"{committed_version}; GET /v1/weights tells the current one",
             param="base_version",
+        )
+    if request.version <= last_version_used:
+        raise ConflictError(
+            f"version {request.version} was used before the server lost its weights; "
+            f"publish a version above {last_version_used} on base_version {committed_version}",
+            param="version",
         )
     return PushAdmission.PROCEED
 
@@ -171,22 +194,35 @@ def judge_stage(version: int, reports: Sequence[StageReport]) -> dict[str, float
     return staged
 
 
-def judge_commit(version: int, reports: Sequence[CommitReport]) -> list[str]:
-    """Ids of the engines to report as removed, after at least one has committed.
+def num_engines_needed(num_engines: int, policy: CommitPolicy, quorum: float) -> int:
+    """How many of the engines that loaded a push must have succeeded; at least one.
+
+    Args:
+        quorum: share of them under ``quorum``; a share that is not whole is rounded up.
+    """
+    if policy is CommitPolicy.ALL:
+        return num_engines
+    # The epsilon keeps 0.1 * 30 from becoming 4.
+    return max(1, math.ceil(quorum * num_engines - 1e-9))
+
+
+def judge_load(
+    version: int, reports: Sequence[LoadReport], policy: CommitPolicy, quorum: float
+) -> LoadVerdict:
+    """Commit, or go back?
 
     Raises:
-        UnavailableError: every engine left (was drained) between staging and committing.
-        WeightCommitError: every engine failed; the version is not committed.
+        UnavailableError: every engine left (was drained) between staging and loading.
     """
     if not reports:
         raise UnavailableError(
             f"every engine that had staged version {version} was drained before the commit; "
             "publish again when GET /v1/engines shows a serving one"
         )
-    poisoned = [report for report in reports if report.outcome is CommitOutcome.POISONED]
-    if len(poisoned) == len(reports):
-        causes = "; ".join(f"{report.engine_id}: {report.detail}" for report in poisoned)
-        raise WeightCommitError(
-            f"version {version} failed on every engine and is not committed ({causes})"
-        )
-    return [report.engine_id for report in poisoned]
+    poisoned = [report for report in reports if report.outcome is LoadOutcome.POISONED]
+    needed = num_engines_needed(len(reports), policy, quorum)
+    return LoadVerdict(
+        is_committed=len(reports) - len(poisoned) >= needed,
+        failed=[report.engine_id for report in poisoned],
+        detail="; ".join(f"{report.engine_id}: {report.detail}" for report in poisoned),
+    )

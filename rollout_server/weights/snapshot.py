@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import WeightTransferError, WeightVerificationError
 from shared.schemas.weights import WeightManifest
+from shared.segment_writer import PARTIAL_SUFFIX, sync_directory
+from shared.weight_claims import remove_claim, write_claim
 from shared.weights import SegmentKind, segment_name
 
 logger = logging.getLogger(__name__)
@@ -20,14 +25,18 @@ class CommittedSnapshot:
 
     version: int
     path: str
-    """The server's own hard link; valid until the next commit has ended."""
+    """The server's own file (a hard link of what was pushed); valid until the next commit has
+    ended."""
     manifest: WeightManifest
 
 
-def adopt_segment(directory: Path, segment: str, version: int) -> Path:
-    """Give a pushed file a second name of the server's own, without copying.
+def adopt_segment(directory: Path, segment: str, version: int, record_path: Path) -> Path:
+    """Give a pushed file a second name of the server's own, without copying, and claim it.
 
     From then on the trainer may remove its name, and a restarted trainer may reuse it.
+
+    Args:
+        record_path: of the record that will refer to it once it is committed.
 
     Raises:
         WeightVerificationError: there is no such file.
@@ -49,6 +58,13 @@ def adopt_segment(directory: Path, segment: str, version: int) -> Path:
             f"{exc.strerror}; trainer and server must share weights.shared_memory_dir as one user",
             param="manifest.segment",
         ) from exc
+    try:
+        write_claim(adopted, record_path)
+    except OSError as exc:
+        remove_segment(adopted)
+        raise WeightTransferError(
+            f"weight segment {adopted.name} cannot be claimed in {directory}: {exc.strerror}"
+        ) from exc
     return adopted
 
 
@@ -58,3 +74,30 @@ def remove_segment(path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
     except OSError as exc:
         logger.warning("weight segment %s cannot be removed: %s", path, exc.strerror)
+    remove_claim(Path(path))
+
+
+def move_to(snapshot: CommittedSnapshot, directory: Path) -> CommittedSnapshot:
+    """Copy a snapshot to a directory that outlives this process and this boot. Blocks.
+
+    The file before stays; the caller removes it once the record refers to the new one.
+
+    Raises:
+        WeightTransferError: no room, or the directory cannot be written.
+    """
+    kept = directory / f"slipstream-kept-v{snapshot.version}.safetensors"
+    partial = kept.with_name(kept.name + PARTIAL_SUFFIX)
+    try:
+        shutil.copyfile(snapshot.path, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(kept)
+        sync_directory(directory)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise WeightTransferError(
+            f"version {snapshot.version} cannot be kept in weights.state_dir {directory}: "
+            f"{exc.strerror}"
+        ) from exc
+    return dataclasses.replace(snapshot, path=str(kept))

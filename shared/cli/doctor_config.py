@@ -103,14 +103,18 @@ def check_cores(config: RunConfig, num_usable_cores: int) -> CheckResult:
 
 
 def check_transport(config: RunConfig) -> CheckResult:
-    """The shared-memory transport needs its directory, and every engine on this host."""
-    name = "weights.transport"
-    directory = config.weights.shared_memory_dir
-    shared_memory = config.weights.transport is TransportKind.SHARED_MEMORY
-    if shared_memory and not os.access(directory, os.W_OK):
-        detail = f"weights.shared_memory_dir {directory} cannot be written"
+    """Trainer and server hand weights over in a directory that this host can write."""
+    name, weights = "weights.transport", config.weights
+    setting = (
+        "shared_memory_dir"
+        if weights.transport is TransportKind.SHARED_MEMORY
+        else "filesystem_dir"
+    )
+    if not os.access(weights.directory, os.W_OK):
+        detail = f"weights.{setting} {weights.directory} cannot be written"
         return CheckResult(name=name, status=CheckStatus.FAILED, detail=detail)
-    return CheckResult(name=name, status=CheckStatus.OK, detail=config.weights.transport.value)
+    detail = f"{weights.transport.value} in {weights.directory}"
+    return CheckResult(name=name, status=CheckStatus.OK, detail=detail)
 
 
 def check_drafter(config: RunConfig, *, has_vnni: bool) -> CheckResult:

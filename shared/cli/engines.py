@@ -1,4 +1,4 @@
-"""``slipstream engines`` and ``weights``: look at a running server, scale it."""
+"""``slipstream engines``: look at a running server's engines, scale them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from shared.cli.options import DEFAULT_URL, JsonOption, TimeoutOption, UrlOption
 from shared.cli.output import print_json, print_table
 from shared.errors import UnavailableError
 from shared.schemas.engines import EnginesResponse, ScaleRequest
-from shared.schemas.weights import WeightsResponse
 from shared.types import EngineState
 
 engines_app = typer.Typer(help="List and scale the rollout engines.", no_args_is_help=True)
-weights_app = typer.Typer(help="See which weights are served.", no_args_is_help=True)
 
 WAIT_POLL_S = 0.5
 
@@ -78,23 +76,3 @@ def show_engines(answer: EnginesResponse, as_json: bool) -> None:
     ]
     errors = "; ".join(f"{e.engine_id}: {e.error}" for e in answer.engines if e.error)
     print_table(f"engines (target {answer.target_count})", columns, rows, errors or None)
-
-
-@weights_app.command("show")
-def show_weights(
-    url: UrlOption = DEFAULT_URL, timeout_s: TimeoutOption = 10.0, as_json: JsonOption = False
-) -> None:
-    """The committed version, the engines' versions and the latest pushes."""
-    with ApiClient(url, timeout_s) as client:
-        answer = client.get("/v1/weights", WeightsResponse)
-    if as_json:
-        print_json(answer)
-        return
-    engines = [[e.engine_id, e.target_version, e.drafter_version] for e in answer.engines]
-    title = f"committed version {answer.committed_version}"
-    print_table(title, ["engine", "target", "drafter"], engines)
-    pushes = [
-        [p.version, "committed" if p.committed else "refused", p.total_s, p.error]
-        for p in answer.history[-10:]
-    ]
-    print_table("latest pushes", ["version", "outcome", "seconds", "error"], pushes)

@@ -16,9 +16,10 @@ import typer
 from shared.cli import services
 from shared.cli.config import config_app
 from shared.cli.doctor import doctor
-from shared.cli.engines import engines_app, weights_app
+from shared.cli.engines import engines_app
 from shared.cli.rollout import rollout
 from shared.cli.speculation import speculation_app
+from shared.cli.weights import weights_app
 from shared.errors import ConfigurationError, SlipstreamError
 
 app = typer.Typer(

@@ -33,9 +33,15 @@ ResumeOption = Annotated[
 ]
 
 
-def serve(config: ConfigOption = None, set_: SetOption = None) -> None:
+def serve(
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the weights that this name had committed.")
+    ] = False,
+) -> None:
     """Start the rollout server in the foreground."""
-    claimed = claim_run_directory(resolve_serving_config(config, set_), resume=False)
+    claimed = claim_run_directory(resolve_serving_config(config, set_), resume=resume)
     path = write_config(claimed, claimed.run_dir / "config.yaml")
     raise typer.Exit(run_module("rollout_server", ["--config", str(path)]))
 

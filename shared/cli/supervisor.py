@@ -99,7 +99,9 @@ class Supervisor:
         """Start the server and return its address once it is ready for requests."""
         config_path = write_config(self.config, self.run_dir / "config.yaml")
         log_path = self.run_dir / "server.log"
-        server = self._start("server", "rollout_server", ["--config", str(config_path)], log_path)
+        # The run ends with its server: the trainer's checkpoint is what a resumed one goes on from.
+        arguments = ["--config", str(config_path), "--set", "weights.keep_on_stop=false"]
+        server = self._start("server", "rollout_server", arguments, log_path)
         timeout_s = self.config.engine.start_timeout_s * max(1, self.config.engine.count)
         deadline = time.monotonic() + timeout_s
         address: ServerAddress | None = None

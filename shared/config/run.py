@@ -9,10 +9,11 @@ from pydantic import Field, model_validator
 
 from shared.config.base import SettingsModel
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
-from shared.config.server import RayConfig, ScoringConfig, ServerConfig, WeightsConfig
+from shared.config.server import RayConfig, ScoringConfig, ServerConfig
 from shared.config.speculation import SpeculationConfig
 from shared.config.trainer import TrainerConfig
 from shared.config.vllm_arguments import vllm_arguments_problem
+from shared.config.weights import WeightsConfig
 from shared.types import SpeculationMode
 
 
@@ -46,6 +47,11 @@ class RunConfig(SettingsModel):
     def run_dir(self) -> Path:
         """Where a run leaves everything it writes: ``output_dir/name``."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def weights_state_dir(self) -> Path:
+        """Where the server records what it has committed."""
+        return Path(self.weights.state_dir or self.run_dir / "weights")
 
     @model_validator(mode="after")
     def speculation_needs_a_drafter(self) -> Self:

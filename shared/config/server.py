@@ -1,11 +1,10 @@
-"""The HTTP service, the weight path, scoring and the Ray cluster underneath."""
+"""The HTTP service, scoring and the Ray cluster underneath."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
 from shared.config.base import SettingsModel
-from shared.types import PauseMode, TransportKind
 
 
 class LimitsConfig(SettingsModel):
@@ -51,20 +50,6 @@ class RayConfig(SettingsModel):
     """Logical CPUs of a local cluster; the machine's when absent."""
     object_store_mib: int = Field(default=256, ge=80)
     """Object store of a local cluster."""
-
-
-class WeightsConfig(SettingsModel):
-    """How pushes travel and what running sequences see of them."""
-
-    transport: TransportKind = TransportKind.SHARED_MEMORY
-    shared_memory_dir: str = "/dev/shm"
-    pause_mode: PauseMode = PauseMode.KEEP
-    stage_timeout_s: float = Field(default=60.0, gt=0)
-    pause_timeout_s: float = Field(default=60.0, gt=0)
-    commit_timeout_s: float = Field(default=60.0, gt=0)
-    lock_timeout_s: float = Field(default=120.0, gt=0)
-    """How long a second push waits for the first."""
-    history_size: int = Field(default=100, ge=1)
 
 
 class ScoringConfig(SettingsModel):

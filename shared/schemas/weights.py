@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from shared.schemas.base import WireModel
-from shared.types import TransportKind
+from shared.types import PushPhase, TransportKind
 
 
 class TensorEntry(WireModel):
@@ -62,9 +62,12 @@ class PublishResponse(WireModel):
     """Digests and finiteness, once per host."""
     total_s: float
     num_bytes: int
+    phases_s: dict[str, float] = Field(default_factory=dict)
+    """Seconds of each phase over all engines: ``verifying``, ``staging``, ``loading``,
+    ``recording``, ``resume``."""
     engines: list[EngineCommitTimings]
     engines_removed: list[str] = Field(default_factory=list)
-    """Engines that failed inside the commit window and were taken out."""
+    """Engines that failed inside the commit window and are replaced."""
 
 
 class EngineVersions(WireModel):
@@ -84,10 +87,50 @@ class WeightHistoryEntry(WireModel):
     error: str | None = None
 
 
+class EngineAudit(WireModel):
+    """What came of comparing one engine's live weights with the committed ones."""
+
+    engine_id: str
+    version: int
+    num_equal: int
+    """Parameters, and layers of the drafter, that are what they should be."""
+    num_skipped: int
+    """That cannot be compared by name (experts; tensors that a model renames or transposes)."""
+    different: list[str]
+    """Names of those that are not; such an engine is replaced."""
+    audit_s: float
+
+
+class AuditRequest(WireModel):
+    """Body of ``POST /v1/weights/audit``; may be left out."""
+
+
+class AuditResponse(WireModel):
+    """Answer of ``POST /v1/weights/audit``."""
+
+    version: int
+    is_intact: bool
+    """Nothing was found different, on any engine."""
+    engines: list[EngineAudit]
+    engines_removed: list[str] = Field(default_factory=list)
+    """Engines with other weights than the committed ones: they are replaced."""
+    errors: dict[str, str] = Field(default_factory=dict)
+    """Engines that could not be asked, and why; they go on."""
+
+
+class PushStatus(WireModel):
+    """Where the latest push stands."""
+
+    version: int
+    phase: PushPhase
+
+
 class WeightsResponse(WireModel):
     """Answer of ``GET /v1/weights``."""
 
     committed_version: int
+    push: PushStatus | None = None
+    """The latest push, running or ended; null before the first."""
     engines: list[EngineVersions]
     history: list[WeightHistoryEntry]
     """The latest pushes, oldest first."""

@@ -16,7 +16,7 @@ from shared.errors import EngineDeadError, EngineError
 from shared.schemas.engines import EngineStatus
 from shared.schemas.rollouts import WeightVersionSpan
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch, SpeculationStep
-from shared.schemas.weights import EngineCommitTimings, WeightManifest
+from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
 from shared.types import DrafterScheme, EngineState, FinishReason, SpeculationReason
 
 VOCAB_SIZE = 256
@@ -173,8 +173,13 @@ class FakeEngine:
     async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
         return 0.0
 
-    async def commit(self, version: int) -> EngineCommitTimings:
+    async def stage_initial(self) -> float:
+        return 0.0
+
+    async def load_weights(self, version: int) -> None:
         self.committed_version = version
+
+    async def resume(self) -> EngineCommitTimings:
         return EngineCommitTimings(
             engine_id=self.engine_id,
             stage_s=0.0,
@@ -184,6 +189,19 @@ class FakeEngine:
             resume_s=0.0,
             paused_s=0.0,
         )
+
+    async def audit(self, path: str) -> EngineAudit:
+        return EngineAudit(
+            engine_id=self.engine_id,
+            version=self.committed_version,
+            num_equal=1,
+            num_skipped=0,
+            different=[],
+            audit_s=0.0,
+        )
+
+    def condemn(self, reason: str) -> None:
+        self.die()
 
     async def discard(self, version: int) -> None:
         return None

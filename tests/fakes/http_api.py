@@ -82,6 +82,8 @@ class HttpApi:
         self.starting_polls = 0
         """How many more engine lists show the last engine as starting."""
         self.policy = dict(POLICY)
+        self.damaged: list[str] = []
+        """What an audit finds different."""
         self.cut_stream_after: int | None = None
         """Groups after which the next streamed answer breaks off, once."""
         self.refusal: tuple[int, dict[str, Any]] | None = None
@@ -98,7 +100,23 @@ class HttpApi:
         if path == "/v1/weights":
             versions = {"engine_id": "engine-0", "target_version": 3, "drafter_version": 3}
             push = {"version": 3, "committed": True, "total_s": 0.5, "error": None}
-            return {"committed_version": 3, "engines": [versions], "history": [push]}
+            running = {"version": 4, "phase": "loading"}
+            return {
+                "committed_version": 3,
+                "push": running,
+                "engines": [versions],
+                "history": [push],
+            }
+        if (method, path) == ("POST", "/v1/weights/audit"):
+            report = {"engine_id": "engine-0", "version": 3, "num_equal": 40, "num_skipped": 0}
+            report |= {"different": self.damaged, "audit_s": 1.5}
+            removed = ["engine-0"] if self.damaged else []
+            return {
+                "version": 3,
+                "is_intact": not self.damaged,
+                "engines": [report],
+                "engines_removed": removed,
+            }
         return None
 
     def speculation(self, change: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,12 @@ from rollout_server.service import RolloutService
 from shared.config.loading import validate_run_config
 from shared.errors import ConflictError, InvalidRequestError, ScoringError
 from shared.schemas.rollouts import ChatMessage, RewardSpec
-from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+from shared.schemas.weights import (
+    AuditResponse,
+    PublishRequest,
+    PublishResponse,
+    WeightsResponse,
+)
 from shared.types import RewardStatus
 from tests.fakes.engine import FakeEngine
 from tests.fakes.pool import FakePool
@@ -87,6 +92,9 @@ class FakeCoordinator:
         return PublishResponse(
             version=request.version, verify_s=0.0, total_s=0.1, num_bytes=0, engines=[]
         )
+
+    async def audit(self) -> AuditResponse:
+        return AuditResponse(version=self.committed_version, is_intact=True, engines=[])
 
     def status(self) -> WeightsResponse:
         return WeightsResponse(committed_version=self.committed_version, engines=[], history=[])

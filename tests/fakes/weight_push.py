@@ -11,17 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from rollout_server.engine.protocol import EngineHandle, EnginePool
+from rollout_server.weights.commit_ledger import CommitLedger
 from rollout_server.weights.coordinator import WeightCoordinator
+from rollout_server.weights.recovery import recover
 from shared.clock import SystemClock
-from shared.config.server import WeightsConfig
+from shared.config.weights import WeightsConfig
 from shared.errors import EngineDeadError, SlipstreamError
 from shared.schemas.weights import (
+    EngineAudit,
     EngineCommitTimings,
     PublishRequest,
     PublishResponse,
     WeightManifest,
 )
 from shared.types import EngineState
+from shared.weight_claims import CLAIM_SUFFIX
 from shared.weights import SegmentKind, build_manifest, segment_name, write_safetensors
 
 
@@ -36,6 +40,19 @@ class FakeEngine:
         self.loaded: list[float] = []
         self.stage_error: BaseException | None = None
         self.commit_error: BaseException | None = None
+        self.resume_error: SlipstreamError | None = None
+        self.initial_error: SlipstreamError | None = None
+        self.audit_error: SlipstreamError | None = None
+        self.audited: list[str] = []
+        """Paths it was compared with."""
+        self.different: list[str] = []
+        """What an audit will find."""
+        self.is_paused = False
+        self.has_loaded = asyncio.Event()
+        self.loads: list[int] = []
+        """Versions loaded, one after the other."""
+        self.served: list[int] = []
+        """Versions it generated with."""
         self.discard_error: SlipstreamError | None = None
         self.stage_gate = asyncio.Event()
         self.commit_gate = asyncio.Event()
@@ -55,27 +72,60 @@ class FakeEngine:
         self.staged, self._path = version, path
         return 0.25
 
-    async def commit(self, version: int) -> EngineCommitTimings:
+    async def stage_initial(self) -> float:
+        if self.initial_error is not None:
+            raise self.initial_error
+        self.staged, self._path = 0, ""
+        return 0.25
+
+    async def load_weights(self, version: int) -> None:
         self.committing.set()
         try:
             await self.commit_gate.wait()
-            if self.commit_error is not None:
+            if self.commit_error is not None and version > self.committed_version:
                 raise self.commit_error
-            assert self.staged == version, "commits follow a stage of the same version"
-            self.loaded = np.fromfile(self._path, np.float32)[-2:].tolist()
+            assert self.staged == version, "loads follow a stage of the same version"
+            self.loaded = np.fromfile(self._path, np.float32)[-2:].tolist() if self._path else []
         except BaseException:
             self.state = EngineState.DEAD
             raise
+        self.is_paused = True
+        self.has_loaded.set()
+        self.loads.append(version)
         self.committed_version, self.staged = version, None
+
+    async def resume(self) -> EngineCommitTimings:
+        assert self.is_paused, "resumes follow a load"
+        if self.resume_error is not None:
+            self.state = EngineState.DEAD
+            raise self.resume_error
+        self.is_paused = False
+        self.served.append(self.committed_version)
         return EngineCommitTimings(
             engine_id=self.engine_id,
-            stage_s=0.0,
+            stage_s=0.25,
             pause_s=0.0,
             load_s=0.0,
             requantize_s=0.0,
             resume_s=0.0,
             paused_s=0.0,
         )
+
+    async def audit(self, path: str) -> EngineAudit:
+        self.audited.append(path)
+        if self.audit_error is not None:
+            raise self.audit_error
+        return EngineAudit(
+            engine_id=self.engine_id,
+            version=self.committed_version,
+            num_equal=2,
+            num_skipped=0,
+            different=self.different,
+            audit_s=0.0,
+        )
+
+    def condemn(self, reason: str) -> None:
+        self.state = EngineState.DEAD
 
     async def discard(self, version: int) -> None:
         if self.discard_error is not None:
@@ -94,13 +144,21 @@ class FakePool:
 class PushWorld:
     """A coordinator over two serving engines, and a trainer's side of the directory."""
 
-    def __init__(self, directory: Path, **settings: float) -> None:
+    def __init__(self, directory: Path, state_dir: Path, **settings: object) -> None:
         self.directory = directory
         self.first, self.second = FakeEngine("e0"), FakeEngine("e1")
         self.pool = FakePool(self.first, self.second)
         config = WeightsConfig.model_validate({"shared_memory_dir": str(directory)} | settings)
         pool: EnginePool = self.pool  # type: ignore[assignment]  # only what pushes use
-        self.coordinator = WeightCoordinator(pool, config, SystemClock())
+        self.ledger = CommitLedger(state_dir)
+        try:
+            recovered = recover(self.ledger, config.lost_snapshot, config.directory)
+        except BaseException:
+            self.ledger.close()
+            raise
+        self.coordinator = WeightCoordinator(
+            pool, config, SystemClock(), self.ledger, recovered, "model"
+        )
 
     def write(self, version: int, values: tuple[float, float] = (1.0, 2.0)) -> WeightManifest:
         """Pretend to be a trainer: its segment, under its own name."""
@@ -139,7 +197,8 @@ class PushWorld:
         return sorted(path.name for path in self.directory.iterdir())
 
     def server_files(self, *versions: int) -> list[str]:
-        return [segment_name(os.getpid(), version, SegmentKind.SERVER) for version in versions]
+        names = [segment_name(os.getpid(), version, SegmentKind.SERVER) for version in versions]
+        return sorted(names + [name + CLAIM_SUFFIX for name in names])
 
     def versions(self) -> list[int]:
         return [engine.committed_version for engine in self.pool.members]
@@ -151,11 +210,13 @@ StartWorld = Callable[..., PushWorld]
 
 @contextlib.asynccontextmanager
 async def worlds(directory: Path) -> AsyncIterator[StartWorld]:
-    """Make worlds over one directory; close their coordinators at the end."""
+    """Make worlds over one directory, with one record; close their coordinators at the end."""
     started: list[PushWorld] = []
+    shared_memory = directory / "shm"
+    shared_memory.mkdir()
 
-    def make(**settings: float) -> PushWorld:
-        started.append(PushWorld(directory, **settings))
+    def make(**settings: object) -> PushWorld:
+        started.append(PushWorld(shared_memory, directory / "state", **settings))
         return started[-1]
 
     yield make

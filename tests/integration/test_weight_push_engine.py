@@ -6,18 +6,21 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import pytest_asyncio
 
 from rollout_server.engine.actor import EngineActor
 from shared.errors import WeightVerificationError
+from shared.types import PauseMode
 from shared.weights import build_manifest
-from tests.support.engine import generate, greedy, push, running_engine, speculate
+from tests.support.engine import generate, greedy, probe, push, running_engine, speculate
 from tests.support.models import greedy_reference, make_model, random_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
+DAMAGING = "tests.support.damage.DamagingExtension"
 LONG_PROMPT = random_prompts(1, seed=9, longest=10)[0] * 30
 """Several full KV blocks, so that the prefix cache has something to offer."""
 
@@ -80,6 +83,56 @@ async def test_running_sequences_carry_on_and_say_which_tokens_are_whose(
         assert 0 < spans[0].end == spans[1].start < spans[1].end == len(sample.token_ids) == 400
 
 
+async def test_kept_sequences_can_go_on_as_if_the_new_model_had_read_them(
+    pushable: tuple[EngineActor, Path], tmp_path: Path
+) -> None:
+    engine, model = pushable
+    is_tied = not (model / "model.safetensors").read_bytes().count(b"lm_head.weight")
+    new_model = make_model(tmp_path / "new", seed=123, tie=is_tied)
+    version = (await engine.load())["target_version"] + 1
+    prompts = random_prompts(4, seed=15)
+    segment = tmp_path / "slipstream-test-new.safetensors"
+    shutil.copy(new_model / "model.safetensors", segment)
+    await engine.stage(version, str(segment), build_manifest(segment))
+    await speculate(engine, 3)
+    running = asyncio.create_task(generate(engine, prompts, greedy(300), name="recomputed"))
+    await asyncio.sleep(0.3)
+    assert (await engine.load())["num_running_reqs"] == len(prompts)
+    await engine.commit(version, PauseMode.KEEP, recompute_kv=True)
+    for prompt, (sample,) in zip(prompts, await running, strict=True):
+        old, new = sample.weight_versions
+        assert (old.version, new.version, new.end) == (version - 1, version, 300)
+        assert 0 < new.start < 300
+        read = [*prompt, *sample.token_ids[: new.start]]
+        (expected,) = greedy_reference(new_model, [read], 300 - new.start)
+        assert sample.token_ids[new.start :] == expected
+
+
+async def test_an_engine_goes_back_to_the_model_it_started_from(
+    pushable: tuple[EngineActor, Path], tmp_path: Path
+) -> None:
+    engine, model = pushable
+    is_tied = not (model / "model.safetensors").read_bytes().count(b"lm_head.weight")
+    new_model = make_model(tmp_path / "new", seed=321, tie=is_tied)
+    prompts = random_prompts(4, seed=16)
+    segment = tmp_path / "slipstream-test-new.safetensors"
+    shutil.copy(new_model / "model.safetensors", segment)
+    await engine.stage(1000, str(segment), build_manifest(segment))
+    await engine.load_weights(1000, PauseMode.KEEP)
+    await engine.stage_initial()
+    await engine.load_weights(0, PauseMode.KEEP)
+    timings = await engine.resume()
+    assert timings.load_s > 0
+    await speculate(engine, 3)
+    before = await engine.speculation(0)
+    samples = await generate(engine, prompts, greedy(24), name="back")
+    after = await engine.speculation(0)
+    assert [g[0].token_ids for g in samples] == greedy_reference(model, prompts, 24)
+    assert {span.version for g in samples for span in g[0].weight_versions} == {0}
+    accepted = after.num_accepted_tokens - before.num_accepted_tokens
+    assert accepted / (after.num_draft_tokens - before.num_draft_tokens) > 0.5
+
+
 async def test_a_push_that_does_not_fit_the_model_is_refused_before_anything_changes(
     pushable: tuple[EngineActor, Path], tmp_path: Path
 ) -> None:
@@ -111,3 +164,30 @@ async def test_a_drafter_may_lag_behind_as_far_as_it_is_allowed_to(tmp_path: Pat
             assert after.num_draft_tokens > before.num_draft_tokens, "it drafts all the while"
             versions.append((await engine.load())["drafter_version"])
     assert versions == [0, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_an_audit_finds_every_damaged_layer_and_nothing_else(
+    tmp_path: Path, dtype: Literal["float32", "bfloat16"]
+) -> None:
+    model = make_model(tmp_path / "model", seed=3)
+    async with running_engine(
+        model, dtype=dtype, drafter={"scheme": "int8"}, worker_extension=DAMAGING
+    ) as engine:
+        intact = await engine.audit(str(model))
+        assert intact.different == []
+        assert intact.num_skipped == 0
+        assert intact.num_equal > 20
+        new_model = make_model(tmp_path / "new", seed=9)
+        await push(engine, new_model, 1, tmp_path)
+        assert (await engine.audit(str(new_model))).different == []
+        assert len((await engine.audit(str(model))).different) > 10
+        damaged: set[str] = set()
+        for name, in_drafter in (
+            ("model.layers.1.self_attn.qkv_proj", False),
+            ("model.layers.0.mlp.down_proj", True),
+            ("model.norm", False),
+        ):
+            await probe(engine, "damage", name, in_drafter)
+            damaged.add(f"drafter {name}" if in_drafter else f"{name}.weight")
+            assert set((await engine.audit(str(new_model))).different) == damaged

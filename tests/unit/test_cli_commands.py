@@ -64,6 +64,21 @@ def test_the_server_may_be_named_by_the_environment(
     assert api.requests == [("GET", "/v1/weights", None)]
 
 
+def test_weights_show_where_the_latest_push_stands(api: HttpApi) -> None:
+    assert "version 4, loading" in invoke("weights", "show", "--url", api.url)
+
+
+def test_an_audit_that_finds_other_weights_fails_and_names_them(api: HttpApi) -> None:
+    assert "40" in invoke("weights", "audit", "--url", api.url)
+    assert api.requests == [("POST", "/v1/weights/audit", {})]
+    api.damaged = ["model.norm.weight"]
+    result = run_command("weights", "audit", "--url", api.url)
+    assert result.returncode == 1
+    assert "model.norm.weight" in result.stdout + result.stderr
+    answer = run_command("weights", "audit", "--url", api.url, "--json")
+    assert (answer.returncode, json.loads(answer.stdout)["is_intact"]) == (1, False)
+
+
 def test_scaling_waits_until_the_new_engine_serves(api: HttpApi) -> None:
     api.starting_polls = 2
     invoke("engines", "scale", "2", "--wait", "30", "--url", api.url)

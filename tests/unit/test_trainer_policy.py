@@ -123,7 +123,11 @@ def test_weights_are_kept_in_float32_and_published_in_the_served_dtype(model_pat
     config = ModelConfig(path=str(model_path), dtype="bfloat16")
     policy = Policy.load(model_path, config, device=torch.device("cpu"))
     assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.float32}
-    assert {tensor.dtype for _, tensor in policy.served_tensors()} == {torch.bfloat16}
+    for _, tensor in policy.served_tensors():
+        for piece_bytes in (64, 1 << 20):
+            pieces = list(policy.served_pieces(tensor, piece_bytes))
+            assert max(piece.nbytes for piece in pieces) <= piece_bytes
+            assert torch.equal(torch.cat(pieces).view_as(tensor), tensor.bfloat16())
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(model_path: Path) -> None:

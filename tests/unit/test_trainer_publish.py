@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from shared.config.engine import ModelConfig
+from shared.config.weights import WeightsConfig
 from shared.errors import RequestError, WeightTransferError
 from shared.schemas.weights import PublishRequest, PublishResponse
 from shared.weights import build_manifest, segment_name
@@ -34,7 +35,7 @@ def publisher(directory: Path, answer: Callable[[httpx.Request], httpx.Response]
     client = RolloutClient(
         "http://server", timeout_s=5, transport=httpx.MockTransport(answer), pause=lambda _: None
     )
-    return Publisher(client, directory)
+    return Publisher(client, WeightsConfig(shared_memory_dir=str(directory)))
 
 
 def accepted(request: PublishRequest) -> httpx.Response:

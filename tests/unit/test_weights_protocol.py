@@ -7,14 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout_server.weights.protocol_state import (
-    CommitOutcome,
-    CommitReport,
+    LoadOutcome,
+    LoadReport,
     PushAdmission,
     StageOutcome,
     StageReport,
     admit_push,
-    judge_commit,
+    judge_load,
     judge_stage,
+    num_engines_needed,
     same_tensors,
     takes_part,
 )
@@ -24,12 +25,11 @@ from shared.errors import (
     RequestError,
     SlipstreamError,
     UnavailableError,
-    WeightCommitError,
     WeightTransferError,
     WeightVerificationError,
 )
 from shared.schemas.weights import PublishRequest, TensorEntry, WeightManifest
-from shared.types import EngineState
+from shared.types import PUSH_TRANSITIONS, CommitPolicy, EngineState, PushPhase
 
 
 def make_manifest(digest: str = "d", names: str = "ab") -> WeightManifest:
@@ -167,21 +167,64 @@ def test_no_engine_that_still_serves_is_left_behind(outcomes: str) -> None:
         assert not set(outcomes) & set("rf")
 
 
-@given(st.text(alphabet="cp", max_size=6))
-def test_a_push_is_committed_when_one_engine_committed(outcomes: str) -> None:
-    reports = [
-        CommitReport(
-            engine_id=f"e{index}",
-            outcome=CommitOutcome.COMMITTED if letter == "c" else CommitOutcome.POISONED,
-        )
+def loaded(outcomes: str) -> list[LoadReport]:
+    names = {"l": LoadOutcome.LOADED, "p": LoadOutcome.POISONED}
+    return [
+        LoadReport(engine_id=f"e{index}", outcome=names[letter], detail="broke")
         for index, letter in enumerate(outcomes)
     ]
-    if "c" in outcomes:
-        removed = judge_commit(2, reports)
-        assert removed == [f"e{i}" for i, letter in enumerate(outcomes) if letter == "p"]
-    else:
-        with pytest.raises(WeightCommitError if outcomes else UnavailableError, match="version 2"):
-            judge_commit(2, reports)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "policy", "quorum", "is_committed"),
+    [
+        ("l", CommitPolicy.ALL, 0.5, True),
+        ("llll", CommitPolicy.ALL, 0.1, True),
+        ("lllp", CommitPolicy.ALL, 0.1, False),
+        ("p", CommitPolicy.ALL, 0.5, False),
+        ("lp", CommitPolicy.QUORUM, 0.5, True),
+        ("lpp", CommitPolicy.QUORUM, 0.5, False),
+        ("llp", CommitPolicy.QUORUM, 0.5, True),
+        ("llp", CommitPolicy.QUORUM, 1.0, False),
+        ("lppppppppp", CommitPolicy.QUORUM, 0.1, True),
+        ("pp", CommitPolicy.QUORUM, 0.01, False),
+    ],
+)
+def test_a_push_is_committed_when_enough_engines_loaded_it(
+    outcomes: str, policy: CommitPolicy, quorum: float, is_committed: bool
+) -> None:
+    verdict = judge_load(2, loaded(outcomes), policy, quorum)
+    assert verdict.is_committed is is_committed
+    assert verdict.failed == [f"e{i}" for i, letter in enumerate(outcomes) if letter == "p"]
+    assert ("e0: broke" in verdict.detail) is (outcomes[0] == "p")
+
+
+def test_without_an_engine_left_a_push_has_to_wait() -> None:
+    with pytest.raises(UnavailableError, match="version 2"):
+        judge_load(2, [], CommitPolicy.ALL, 0.5)
+
+
+@given(st.integers(1, 200), st.floats(0.001, 1.0))
+def test_a_quorum_is_at_least_one_engine_and_at_least_its_share(num: int, quorum: float) -> None:
+    needed = num_engines_needed(num, CommitPolicy.QUORUM, quorum)
+    assert 1 <= needed <= num
+    assert needed >= quorum * num - 1e-6
+    assert needed - 1 < quorum * num or needed == 1
+    assert num_engines_needed(num, CommitPolicy.ALL, quorum) == num
+
+
+def test_versions_used_before_weights_were_lost_are_never_taken_again() -> None:
+    for version in (3, 5):
+        with pytest.raises(ConflictError, match="above 5"):
+            admit_push(0, None, make_request(version, 0), last_version_used=5)
+    request = make_request(6, 0)
+    assert admit_push(0, None, request, last_version_used=5) is PushAdmission.PROCEED
+
+
+def test_a_push_ends_once() -> None:
+    ends = {phase for phase, following in PUSH_TRANSITIONS.items() if not following}
+    assert ends == {PushPhase.COMMITTED, PushPhase.REFUSED}
+    assert set(PUSH_TRANSITIONS) == set(PushPhase)
 
 
 @pytest.mark.parametrize("state", list(EngineState))

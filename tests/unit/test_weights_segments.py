@@ -217,7 +217,7 @@ def test_too_little_room_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 5})()
-    monkeypatch.setattr("shared.weights.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("shared.segment_writer.shutil.disk_usage", lambda _: usage)
     with pytest.raises(WeightTransferError, match=r"needs \d+ bytes, .* has 5 free") as caught:
         write_safetensors(tmp_path / "w.safetensors", [("a", "U8", (64,), bytes(64))])
     assert str(tmp_path) in caught.value.message
@@ -235,7 +235,7 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(
     def no_space(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shared.weights.os.write", no_space)
+    monkeypatch.setattr("shared.segment_writer.os.write", no_space)
     with pytest.raises(WeightTransferError, match="No space left"):
         write_safetensors(tmp_path / "w.safetensors", [("a", "U8", (1,), b"1")])
     assert list(tmp_path.iterdir()) == []
@@ -251,11 +251,13 @@ def test_only_segments_of_dead_owners_are_swept(tmp_path: Path) -> None:
     child.communicate(b"\n", timeout=60)
     own = segment_name(os.getpid(), 1)
     owner, version = own.rsplit("-", 1)
-    pid, _, namespace = owner.rsplit("-", 1)[1].split(".")
-    reused = f"slipstream-weights-{pid}.1.{namespace}-{version}"
-    elsewhere = f"slipstream-weights-{pid}.1.{int(namespace) + 1}-{version}"
+    pid, _, namespace, boot = owner.rsplit("-", 1)[1].split(".")
+    reused = f"slipstream-weights-{pid}.1.{namespace}.{boot}-{version}"
+    elsewhere = f"slipstream-weights-{pid}.1.{int(namespace) + 1}.{boot}-{version}"
+    other_host = f"slipstream-weights-{pid}.1.{namespace}.{int(boot, 16) ^ 1:08x}-{version}"
     plain = f"slipstream-weights-{pid}-v1.safetensors"
-    kept = {own, own + ".partial", elsewhere, plain, "slipstream-other.safetensors", "model"}
+    kept = {own, own + ".partial", elsewhere, other_host, plain}
+    kept |= {"slipstream-other.safetensors", "model"}
     for name in [*dead, reused, *kept]:
         (tmp_path / name).touch()
     assert sorted(sweep_stale_segments(tmp_path)) == sorted([*dead, reused])

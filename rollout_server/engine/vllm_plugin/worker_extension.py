@@ -10,8 +10,10 @@ session open for good, whereas here a failed load poisons the engine and the ser
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from rollout_server.drafter.sharing import (
 )
 from rollout_server.drafter.target_packing import pack_from_target, unreadable_layers
 from rollout_server.engine.vllm_plugin.expert_repair import repack_experts
+from rollout_server.engine.vllm_plugin.weight_audit import WeightAudit, auditable_modules
 from shared.types import DrafterScheme
 
 
@@ -44,11 +47,14 @@ class SlipstreamWorkerExtension:
     _slipstream_staged: dict[int, str]
 
     def slipstream_stage(self, version: int, path: str) -> int:
-        """Map the file and remember it; nothing is served from it yet. Returns tensor count."""
+        """Look into the file (or model directory) and remember it; nothing is served from it yet.
+        Returns tensor count."""
         if not hasattr(self, "_slipstream_staged"):
             self._slipstream_staged = {}
-        with safe_open(path, framework="pt") as file:
-            num_tensors = len(file.keys())
+        num_tensors = 0
+        for file_path in safetensors_files(path):
+            with safe_open(file_path, framework="pt") as file:
+                num_tensors += len(file.keys())
         self._slipstream_staged[version] = path
         return num_tensors
 
@@ -84,6 +90,32 @@ class SlipstreamWorkerExtension:
         torch.accelerator.synchronize()
         finished = time.perf_counter()
         return {"load_s": loaded - started, "requantize_s": finished - loaded}
+
+    def slipstream_audit_modules(self) -> list[str]:
+        """Names of the modules that ``slipstream_audit`` takes."""
+        return auditable_modules(self.model_runner.get_model())
+
+    def slipstream_audit(
+        self, path: str, module_names: list[str], with_drafter: bool
+    ) -> list[tuple[str, str]]:
+        """Compare live weights with a file or a model directory: ``(parameter, AuditStatus)``.
+
+        Args:
+            with_drafter: False for a drafter that is not of the file's version.
+        """
+        proposer = SelfDraftProposer.active if with_drafter else None
+        if proposer is not None and proposer.plan.scheme is not DrafterScheme.INT8:
+            # An int4 drafter packed again in a running engine is not bit for bit what its first
+            # packing gave (not understood yet), so it cannot be judged this way.
+            proposer = None
+        with torch.no_grad():
+            audit = WeightAudit(
+                self.model_runner.get_model(),
+                None if proposer is None else proposer.model,
+                safetensors_files(path),
+            )
+            findings = [f for name in module_names for f in audit.check(name)]
+        return [(finding.name, finding.status.value) for finding in findings]
 
     def slipstream_drafter(self) -> dict[str, Any]:
         """The drafter's scheme, and the bytes it holds of its own: packed weights, and whatever is
@@ -127,8 +159,20 @@ def repack_tied_lm_head(model: Any) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+def safetensors_files(path: str) -> list[str]:
+    """The file itself, or the files of a model directory."""
+    if not os.path.isdir(path):
+        return [path]
+    return sorted(str(file) for file in Path(path).glob("*.safetensors"))
+
+
 def iterate_safetensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """``(name, tensor)`` over a memory-mapped file, one tensor at a time."""
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-            yield name, file.get_tensor(name)
+    """``(name, tensor)`` over memory-mapped files, one tensor at a time.
+
+    Args:
+        path: a file, or a model directory.
+    """
+    for file_path in safetensors_files(path):
+        with safe_open(file_path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, file.get_tensor(name)

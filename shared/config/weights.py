@@ -1,0 +1,66 @@
+"""How weight pushes travel, what running sequences see of them, and what survives a restart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from shared.config.base import SettingsModel
+from shared.types import CommitPolicy, LostSnapshotPolicy, PauseMode, TransportKind
+
+
+class WeightsConfig(SettingsModel):
+    """The weight path."""
+
+    transport: TransportKind = TransportKind.SHARED_MEMORY
+    shared_memory_dir: str = "/dev/shm"
+    filesystem_dir: str | None = None
+    """Of the transport ``filesystem``: seen under this path by trainer, server and engines."""
+    pause_mode: PauseMode = PauseMode.KEEP
+    recompute_kv: bool = False
+    """Running sequences compute their KV again under the new weights before they go on
+    (``pause_mode: keep``); else their old tokens keep the KV of the weights that made them."""
+    commit_policy: CommitPolicy = CommitPolicy.QUORUM
+    commit_quorum: float = Field(default=0.5, gt=0, le=1)
+    """Share of the engines that must load a push under ``commit_policy: quorum``."""
+    stage_timeout_s: float = Field(default=60.0, gt=0)
+    pause_timeout_s: float = Field(default=60.0, gt=0)
+    commit_timeout_s: float = Field(default=60.0, gt=0)
+    lock_timeout_s: float = Field(default=120.0, ge=0)
+    """How long a second push waits for the first; 0 refuses it at once."""
+    audit_every: int = Field(default=0, ge=0)
+    """Compare every engine's live weights with the committed ones after so many pushes; 0: only
+    when asked (``POST /v1/weights/audit``)."""
+    audit_timeout_s: float = Field(default=300.0, gt=0)
+    history_size: int = Field(default=100, ge=1)
+    state_dir: str | None = None
+    """Where the committed version is recorded; ``<run_dir>/weights`` when absent."""
+    keep_on_stop: bool = True
+    """A server that is stopped leaves its last weights in ``state_dir`` for the next start. False
+    forgets them: the next start serves the model directory as version 0."""
+    lost_snapshot: LostSnapshotPolicy = LostSnapshotPolicy.FAIL
+
+    @property
+    def directory(self) -> Path:
+        """Where trainers put their segments."""
+        if self.transport is TransportKind.FILESYSTEM:
+            assert self.filesystem_dir is not None, "checked when the configuration was read"
+            return Path(self.filesystem_dir)
+        return Path(self.shared_memory_dir)
+
+    @model_validator(mode="after")
+    def filesystem_needs_a_directory(self) -> Self:
+        if self.transport is TransportKind.FILESYSTEM and self.filesystem_dir is None:
+            raise ValueError("weights.transport filesystem needs weights.filesystem_dir")
+        return self
+
+    @model_validator(mode="after")
+    def only_kept_sequences_have_kv(self) -> Self:
+        if self.recompute_kv and self.pause_mode is not PauseMode.KEEP:
+            raise ValueError(
+                f"weights.recompute_kv is for weights.pause_mode keep; under "
+                f"{self.pause_mode.value} no sequence goes on after a push"
+            )
+        return self

@@ -1,0 +1,219 @@
+"""Writes weight segments: bytes go to the file as they are made, and are digested on the way.
+
+At most two chunks of a tensor are in memory at a time, so that a trainer needs no second copy of
+its model to publish it, and nothing is read again for its digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shared.errors import WeightTransferError
+from shared.safetensors_file import DTYPE_NUM_BYTES, tensor_num_bytes
+from shared.schemas.weights import TensorEntry, WeightManifest
+
+TensorBuffer = bytes | bytearray | memoryview | npt.NDArray[Any]
+TensorSource = tuple[str, str, tuple[int, ...], TensorBuffer]
+"""Name, safetensors dtype, shape and the raw bytes (C-contiguous; bfloat16 as any 2-byte view)."""
+
+PARTIAL_SUFFIX = ".partial"
+HEADER_ALIGNMENT_BYTES = 8
+CHUNK_BYTES = 1 << 22
+"""What is written and digested at a time."""
+
+
+class TensorSpec(NamedTuple):
+    """A tensor that is about to be written."""
+
+    name: str
+    dtype: str
+    """safetensors dtype name."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int | None:
+        """None for a dtype or a shape that cannot be."""
+        return tensor_num_bytes(self.dtype, self.shape)
+
+
+def write_segment(
+    path: str | Path,
+    specs: Iterable[TensorSpec],
+    produce: Callable[[TensorSpec], Iterable[TensorBuffer]],
+    *,
+    is_durable: bool = False,
+) -> WeightManifest:
+    """Write a file that appears under ``path`` only when it is complete, and describe it.
+
+    Larger elements come first, so that every tensor is aligned to its element.
+
+    Args:
+        produce: a tensor's bytes, in pieces; asked once per tensor, in the file's order.
+        is_durable: survive a power cut (a disk, not shared memory).
+
+    Raises:
+        WeightTransferError: a tensor does not fit its dtype and shape, the directory has too little
+            room, or the file cannot be written. Nothing is left of it.
+    """
+    path = Path(path)
+    entries = _write(path, specs, produce, is_durable)
+    return WeightManifest(segment=path.name, tensors=entries)
+
+
+def _write(
+    path: Path,
+    specs: Iterable[TensorSpec],
+    produce: Callable[[TensorSpec], Iterable[TensorBuffer]],
+    is_durable: bool,
+) -> list[TensorEntry]:
+    ordered = sorted(specs, key=lambda spec: -DTYPE_NUM_BYTES.get(spec.dtype, 0))
+    header = _header(ordered)
+    needed_bytes = len(header) + sum(spec.num_bytes or 0 for spec in ordered)
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    try:
+        _check_free_space(path.parent, needed_bytes)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb", buffering=0) as file, _Pipe(file.fileno()) as pipe:
+                pipe.write(memoryview(header), None)
+                entries = [_write_tensor(pipe, spec, produce(spec)) for spec in ordered]
+                pipe.flush()
+                if is_durable:
+                    os.fsync(file.fileno())
+            os.rename(partial, path)
+            if is_durable:
+                sync_directory(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+    except OSError as exc:
+        raise WeightTransferError(
+            f"weight segment {path} ({needed_bytes} bytes) cannot be written: {exc.strerror}; "
+            "see weights.shared_memory_dir and weights.filesystem_dir"
+        ) from exc
+    return entries
+
+
+def write_safetensors(path: str | Path, tensors: Iterable[TensorSource]) -> int:
+    """Any safetensors file of tensors that lie in memory; its size in bytes."""
+    sources = list(tensors)
+    buffers = {name: buffer for name, _, _, buffer in sources}
+    specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape, _ in sources]
+    _write(Path(path), specs, lambda spec: (buffers[spec.name],), is_durable=False)
+    return Path(path).stat().st_size
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and removals in a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Pipe:
+    """Appends chunks: one thread writes a chunk while the caller digests it and makes the next."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._pool = ThreadPoolExecutor(1, "segment-writer")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> _Pipe:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pool.shutdown()
+
+    def write(self, data: memoryview, digest: Any) -> None:
+        """Hand over all of ``data``, which must not change before ``flush`` or the next ``write``
+        of as much; digest it if there is a digest."""
+        while data:
+            chunk, data = data[:CHUNK_BYTES], data[CHUNK_BYTES:]
+            self.flush()
+            self._pending = self._pool.submit(_write_all, self._descriptor, chunk)
+            if digest is not None:
+                digest.update(chunk)
+
+    def flush(self) -> None:
+        """Wait for what was handed over."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _write_tensor(pipe: _Pipe, spec: TensorSpec, pieces: Iterable[TensorBuffer]) -> TensorEntry:
+    digest = xxhash.xxh3_128()
+    num_bytes = 0
+    for piece in pieces:
+        view = piece.data if isinstance(piece, np.ndarray) else memoryview(piece)
+        if not view.c_contiguous:
+            raise _does_not_fit(spec, "the buffer is not contiguous")
+        num_bytes += view.nbytes
+        if view.nbytes:  # memoryview cannot cast a view with a zero in its shape
+            pipe.write(view.cast("B"), digest)
+            pipe.flush()  # the producer may use its buffer again
+    if num_bytes != spec.num_bytes:
+        raise _does_not_fit(spec, f"the buffer has {num_bytes}")
+    return TensorEntry(
+        name=spec.name,
+        dtype=spec.dtype,
+        shape=list(spec.shape),
+        num_bytes=num_bytes,
+        digest=digest.hexdigest(),
+    )
+
+
+def _header(ordered: Sequence[TensorSpec]) -> bytes:
+    header: dict[str, dict[str, object]] = {}
+    position = 0
+    for spec in ordered:
+        if spec.name in header or spec.name in ("", "__metadata__"):
+            raise WeightTransferError(f"tensor name {spec.name!r} is used twice or reserved")
+        if spec.num_bytes is None:
+            raise _does_not_fit(spec, "that dtype or shape cannot be written")
+        end = position + spec.num_bytes
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT_BYTES)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _does_not_fit(spec: TensorSpec, what: str) -> WeightTransferError:
+    return WeightTransferError(
+        f"tensor {spec.name!r}: {spec.dtype} {list(spec.shape)} needs {spec.num_bytes} contiguous "
+        f"bytes: {what}"
+    )
+
+
+def _check_free_space(directory: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(directory).free
+    if needed_bytes > free_bytes:
+        raise WeightTransferError(
+            f"a weight segment needs {needed_bytes} bytes, {directory} has {free_bytes} free: make "
+            "room or choose another weights.shared_memory_dir or weights.filesystem_dir (a push "
+            "keeps two versions)"
+        )
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
