@@ -97,11 +97,12 @@ class Supervisor:
 
     def start_server(self) -> ServerAddress:
         """Start the server and return its address once it is ready for requests."""
-        config_path = write_config(self.config, self.run_dir / "config.yaml")
-        log_path = self.run_dir / "server.log"
         # The run ends with its server: the trainer's checkpoint is what a resumed one goes on from.
-        arguments = ["--config", str(config_path), "--set", "weights.keep_on_stop=false"]
-        server = self._start("server", "rollout_server", arguments, log_path)
+        weights = self.config.weights.model_copy(update={"keep_on_stop": False})
+        config = self.config.model_copy(update={"weights": weights})
+        config_path = write_config(config, self.run_dir / "config.yaml")
+        log_path = self.run_dir / "server.log"
+        server = self._start("server", "rollout_server", ["--config", str(config_path)], log_path)
         timeout_s = self.config.engine.start_timeout_s * max(1, self.config.engine.count)
         deadline = time.monotonic() + timeout_s
         address: ServerAddress | None = None
