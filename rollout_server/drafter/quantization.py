@@ -204,6 +204,11 @@ class DraftLinearMethod(LinearMethodBase):
             and all(kernel.takes_rows(0, rows) for rows in self._partition_rows)
         )
 
+    def quantizes_unrounded(self, num_rows: int) -> bool:
+        """Whether checkpoint tensors of so many rows in all are quantized in their own dtype, from
+        where they lie; else they are first collected (and padded) in the model's dtype."""
+        return self.takes_single_shards() and num_rows == self._shape[0]
+
     def accept_missing_shards(self) -> bool:
         """End a partial push: the shards that did not come stay as they are.
 

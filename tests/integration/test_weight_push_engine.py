@@ -166,13 +166,15 @@ async def test_a_drafter_may_lag_behind_as_far_as_it_is_allowed_to(tmp_path: Pat
     assert versions == [0, 2, 2]
 
 
-@pytest.mark.parametrize("dtype", ["float32"])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_an_audit_finds_every_damaged_layer_and_nothing_else(
-    tmp_path: Path, dtype: Literal["float32", "bfloat16"]
+    tmp_path: Path, dtype: Literal["float32", "bfloat16"], scheme: str
 ) -> None:
+    drafter = {"scheme": scheme, **({"int4_group_size": 32} if scheme == "int4" else {})}
     model = make_model(tmp_path / "model", seed=3)
     async with running_engine(
-        model, dtype=dtype, drafter={"scheme": "int8"}, worker_extension=DAMAGING
+        model, dtype=dtype, drafter=drafter, worker_extension=DAMAGING
     ) as engine:
         intact = await engine.audit(str(model))
         assert intact.different == []

@@ -104,6 +104,11 @@ class WeightAudit:
         yield Finding(f"{name}.weight", status)
         method = self._drafters.get(name)
         if method is not None:
+            names = self._part_names(name, "weight")
+            if method.quantizes_unrounded(sum(len(self._tensor(part)) for part in names)):
+                unrounded_NK = self._expected_matrix(name, module, "weight", in_file_dtype=True)
+                assert unrounded_NK is not None, "it was there in the model's dtype"
+                expected_NK = unrounded_NK
             yield Finding(f"drafter {name}", check_drafter_layer(method, expected_NK))
 
     def _check_vector(self, module: Any, name: str, live: Parameter) -> AuditStatus:
@@ -119,14 +124,12 @@ class WeightAudit:
         is_equal = torch.equal(live.data, expected.to(device=live.device, dtype=live.dtype))
         return AuditStatus.EQUAL if is_equal else AuditStatus.DIFFERENT
 
-    def _expected_matrix(self, name: str, module: Any, leaf: str) -> torch.Tensor | None:
+    def _expected_matrix(
+        self, name: str, module: Any, leaf: str, *, in_file_dtype: bool = False
+    ) -> torch.Tensor | None:
         """This rank's part of a fused or split parameter, as vLLM's loader makes it of the file's
         tensors; None where the file has none of that name."""
-        parent, _, last = name.rpartition(".")
-        parts = self._packed_modules.get(last, [last])
-        names = [f"{parent}.{part}.{leaf}" if parent else f"{part}.{leaf}" for part in parts]
-        if name == LM_HEAD and names[0] not in self._file_of:  # tied
-            names = [f"{token_embedding(self._target)[0]}.{leaf}"]
+        names = self._part_names(name, leaf)
         if any(part not in self._file_of for part in names):
             return None
         live = getattr(module, leaf)
@@ -137,7 +140,7 @@ class WeightAudit:
                 return None
         else:
             shape = tuple(live.shape)
-        dtype = live.dtype if live.dtype.is_floating_point else tensors[0].dtype
+        dtype = tensors[0].dtype if in_file_dtype else live.dtype
         scratch = Parameter(torch.zeros(shape, dtype=dtype, device=live.device), False)
         set_weight_attrs(scratch, {"input_dim": 1, "output_dim": 0})
         for index, tensor in enumerate(tensors):
@@ -147,6 +150,15 @@ class WeightAudit:
             except (AssertionError, RuntimeError):
                 return None  # renamed or transposed on the way in (GPT-2)
         return scratch.data
+
+    def _part_names(self, name: str, leaf: str) -> list[str]:
+        """Checkpoint tensors that make up a module's parameter."""
+        parent, _, last = name.rpartition(".")
+        parts = self._packed_modules.get(last, [last])
+        names = [f"{parent}.{part}.{leaf}" if parent else f"{part}.{leaf}" for part in parts]
+        if name == LM_HEAD and names[0] not in self._file_of:  # tied
+            names = [f"{token_embedding(self._target)[0]}.{leaf}"]
+        return names
 
     def _tensor(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._file_of[name].get_tensor(name)

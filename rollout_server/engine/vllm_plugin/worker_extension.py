@@ -104,11 +104,6 @@ class SlipstreamWorkerExtension:
             with_drafter: False for a drafter that is not of the file's version.
         """
         proposer = SelfDraftProposer.active if with_drafter else None
-        is_float32 = self.vllm_config.model_config.dtype is torch.float32
-        if proposer is not None and not (is_float32 and proposer.plan.scheme is DrafterScheme.INT8):
-            # An int4 or a bfloat16 drafter packed again in a running engine is not bit for bit what its first
-            # packing gave (not understood yet), so it cannot be judged this way.
-            proposer = None
         with torch.no_grad():
             audit = WeightAudit(
                 self.model_runner.get_model(),
