@@ -94,7 +94,7 @@ def _write(
             os.rename(partial, path)
             if is_durable:
                 sync_directory(path.parent)
-        except BaseException:
+        except BaseException:  # also when interrupted: half a segment is of no use
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise

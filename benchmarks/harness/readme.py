@@ -19,7 +19,10 @@ from benchmarks.harness.readme_scheduler import (
 from benchmarks.harness.results import RESULTS_DIRECTORY
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "drafter.md", ROOT / "docs" / "speculation.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("drafter.md", "speculation.md", "weights.md")),
+)
 
 
 def speculation_table(document: dict[str, Any]) -> str:
@@ -120,7 +123,31 @@ def drafter_table(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "Medians. " + _circumstances(document["circumstances"])])
 
 
+def weights_table(document: dict[str, Any]) -> str:
+    """A row per phase of a push to one engine and to two."""
+    result = document["result"]
+    lines = [_row(["seconds", "one engine", "two engines"]), _row([":---", "---:", "---:"])]
+    for phase in ("publish", "verifying", "staging", "loading", "recording", "resume", "all"):
+        sides = (result["phases_s"], result["phases_of_two_s"])
+        lines.append(_row([phase, *(f"{side[phase]:.3f}" for side in sides)]))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"A plain copy of the same {result['bytes'] / 1e9:.2f} GB in memory took "
+            f"{result['copy_s']:.3f} s: a push takes {result['full_push_ratio']:.1f} times as long "
+            f"({_spread(result['full_push_spread'], 1)}) and stops generation for "
+            f"{result['pause_ratio']:.1f} times as long. Verification is "
+            f"{result['verify_share']:.0%} of it; a second engine on the host makes it "
+            f"{result['two_engines_ratio']:.2f} times as long. Medians of {result['repeats']} "
+            "alternating repeats; every engine has one core and runs a sequence all the while. "
+            + _circumstances(document["circumstances"]),
+        ]
+    )
+
+
 TABLES = {
+    "weights": weights_table,
     "speculation": speculation_table,
     "requantize": requantize_table,
     "drafter": drafter_table,

@@ -98,7 +98,7 @@ class Push:
             engines = await self._stage(snapshot)
             loaded, failed = await self._load(engines)
             await self._commit(snapshot, loaded)
-        except BaseException:
+        except BaseException:  # also when cancelled: no file of a refused push stays behind
             if self._phase is not PushPhase.COMMITTED:
                 await asyncio.to_thread(remove_segment, path)
                 self._enter(PushPhase.REFUSED)
@@ -141,7 +141,7 @@ class Push:
                 *(try_stage(engine, snapshot, self._config) for engine in engines)
             )
             staged = judge_stage(self.version, reports)
-        except BaseException:
+        except BaseException:  # also when cancelled: nobody keeps what was staged
             await self._discard(engines)
             raise
         return [engine for engine in engines if engine.engine_id in staged]

@@ -104,7 +104,7 @@ def _check_all_bytes(
         try:
             for check in checks:
                 check.result()
-        except BaseException:
+        except BaseException:  # one bad tensor is enough: do not look at the others
             pool.shutdown(cancel_futures=True)
             raise
 

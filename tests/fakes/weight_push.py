@@ -149,6 +149,7 @@ class PushWorld:
         self.first, self.second = FakeEngine("e0"), FakeEngine("e1")
         self.pool = FakePool(self.first, self.second)
         config = WeightsConfig.model_validate({"shared_memory_dir": str(directory)} | settings)
+        self.transport = config.transport
         pool: EnginePool = self.pool  # type: ignore[assignment]  # only what pushes use
         self.ledger = CommitLedger(state_dir)
         try:
@@ -176,7 +177,10 @@ class PushWorld:
         self, version: int, base: int, values: tuple[float, float] = (1.0, 2.0)
     ) -> PublishRequest:
         return PublishRequest(
-            version=version, base_version=base, manifest=self.write(version, values)
+            version=version,
+            base_version=base,
+            transport=self.transport,
+            manifest=self.write(version, values),
         )
 
     async def push(

@@ -168,3 +168,18 @@ async def test_a_damaged_record_says_what_to_do(start: StartWorld) -> None:
     it.ledger.record_path.write_text("{")
     with pytest.raises(ConfigurationError, match="remove it"):
         start()
+
+
+async def test_on_a_shared_disk_a_commit_stays_where_it_is(
+    start: StartWorld, tmp_path: Path
+) -> None:
+    disk = {"transport": "filesystem", "filesystem_dir": str(tmp_path / "shm")}
+    before = start(**disk)
+    await before.push(1, 0, (3.0, 4.0))
+    await before.coordinator.close()
+    assert before.files() == before.server_files(1)
+    kill(before)
+    after = start(**disk)
+    assert (await joined(after)).loaded == [3.0, 4.0]
+    await after.push(2, 1, (5.0, 6.0))
+    assert after.files() == after.server_files(2)

@@ -7,14 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import openai
 import psutil
 import pytest
@@ -22,11 +20,15 @@ from safetensors.torch import load_file
 
 from shared.weights import build_manifest, segment_name, write_safetensors
 from tests.support.models import greedy_reference, make_model, random_prompts
+from tests.support.server_process import (
+    START_TIMEOUT_S,
+    STOP_TIMEOUT_S,
+    push_to,
+    shared_memory_files,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
-
-START_TIMEOUT_S = 240
-STOP_TIMEOUT_S = 90
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,6 @@ class Server:
     pid: int
     model: Path
     client: httpx.Client
-
-
-def shared_memory_files() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     )
     ready = directory / "served" / "server.json"
     try:
-        wait_until(lambda: ready.exists() or process.poll() is not None, START_TIMEOUT_S)
+        wait_until(
+            lambda: ready.exists() or process.poll() is not None,
+            START_TIMEOUT_S,
+            "the server to start",
+        )
         assert ready.exists(), (directory / "server.log").read_text()[-3000:]
         url = json.loads(ready.read_text())["url"]
         with httpx.Client(base_url=url, timeout=120) as client:
@@ -84,13 +86,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         log.close()
 
 
-def wait_until(condition: Any, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"condition not met within {timeout_s} s"
-        time.sleep(0.2)
-
-
 def greedy_body(prompts: list[list[int]], **more: Any) -> dict[str, Any]:
     return {
         "prompts": [{"prompt_token_ids": prompt} for prompt in prompts],
@@ -100,18 +95,7 @@ def greedy_body(prompts: list[list[int]], **more: Any) -> dict[str, Any]:
 
 
 def publish(server: Server, source: Path, version: int, base: int) -> httpx.Response:
-    path = Path("/dev/shm") / segment_name(os.getpid(), version)
-    tensors = load_file(source / "model.safetensors")
-    write_safetensors(
-        path,
-        [(n, "F32", list(t.shape), np.ascontiguousarray(t.numpy())) for n, t in tensors.items()],
-    )
-    try:
-        manifest = build_manifest(path)
-        body = {"version": version, "base_version": base, "manifest": manifest.model_dump()}
-        return server.client.post("/v1/weights", json=body)
-    finally:
-        path.unlink()
+    return push_to(server.client, source, version, base)
 
 
 def test_groups_come_back_scored_with_tokens_logprobs_and_versions(server: Server) -> None:
@@ -215,7 +199,9 @@ def test_a_push_changes_the_policy_and_a_joining_engine_starts_on_it(
     assert "model.norm.weight" in refused.json()["error"]["message"]
 
     assert server.client.put("/v1/engines", json={"count": 2}).status_code == 200
-    wait_until(lambda: engine_states(server) == ["serving", "serving"], START_TIMEOUT_S)
+    wait_until(
+        lambda: engine_states(server) == ["serving", "serving"], START_TIMEOUT_S, "the engines"
+    )
     weights = server.client.get("/v1/weights").json()
     assert weights["committed_version"] == 1
     assert {(e["target_version"], e["drafter_version"]) for e in weights["engines"]} == {(1, 1)}
@@ -225,7 +211,7 @@ def test_a_push_changes_the_policy_and_a_joining_engine_starts_on_it(
     assert {sample["engine_id"] for sample in samples} == {"engine-0", "engine-1"}
 
     assert server.client.put("/v1/engines", json={"count": 1}).status_code == 200
-    wait_until(lambda: engine_states(server) == ["serving"], STOP_TIMEOUT_S)
+    wait_until(lambda: engine_states(server) == ["serving"], STOP_TIMEOUT_S, "the engines")
 
 
 def engine_states(server: Server) -> list[str]:
@@ -257,7 +243,7 @@ def test_a_killed_engine_is_replaced_and_serves_the_committed_weights(server: Se
             engines[0]["engine_id"] != before["engine_id"]
         )
 
-    wait_until(replaced, START_TIMEOUT_S)
+    wait_until(replaced, START_TIMEOUT_S, "a replacement")
     committed = server.client.get("/v1/weights").json()["committed_version"]
     (engine,) = server.client.get("/v1/engines").json()["engines"]
     assert engine["target_version"] == engine["drafter_version"] == committed

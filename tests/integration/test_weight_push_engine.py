@@ -83,17 +83,23 @@ async def test_running_sequences_carry_on_and_say_which_tokens_are_whose(
         assert 0 < spans[0].end == spans[1].start < spans[1].end == len(sample.token_ids) == 400
 
 
+async def stage_new_weights(engine: EngineActor, like: Path, version: int, directory: Path) -> Path:
+    """Other weights for a model of the same kind; where they are."""
+    is_tied = not (like / "model.safetensors").read_bytes().count(b"lm_head.weight")
+    new_model = make_model(directory / "new", seed=100 + version, tie=is_tied)
+    segment = directory / "slipstream-test-new.safetensors"
+    shutil.copy(new_model / "model.safetensors", segment)
+    await engine.stage(version, str(segment), build_manifest(segment))
+    return new_model
+
+
 async def test_kept_sequences_can_go_on_as_if_the_new_model_had_read_them(
     pushable: tuple[EngineActor, Path], tmp_path: Path
 ) -> None:
     engine, model = pushable
-    is_tied = not (model / "model.safetensors").read_bytes().count(b"lm_head.weight")
-    new_model = make_model(tmp_path / "new", seed=123, tie=is_tied)
     version = (await engine.load())["target_version"] + 1
     prompts = random_prompts(4, seed=15)
-    segment = tmp_path / "slipstream-test-new.safetensors"
-    shutil.copy(new_model / "model.safetensors", segment)
-    await engine.stage(version, str(segment), build_manifest(segment))
+    new_model = await stage_new_weights(engine, model, version, tmp_path)
     await speculate(engine, 3)
     running = asyncio.create_task(generate(engine, prompts, greedy(300), name="recomputed"))
     await asyncio.sleep(0.3)
@@ -112,12 +118,8 @@ async def test_an_engine_goes_back_to_the_model_it_started_from(
     pushable: tuple[EngineActor, Path], tmp_path: Path
 ) -> None:
     engine, model = pushable
-    is_tied = not (model / "model.safetensors").read_bytes().count(b"lm_head.weight")
-    new_model = make_model(tmp_path / "new", seed=321, tie=is_tied)
     prompts = random_prompts(4, seed=16)
-    segment = tmp_path / "slipstream-test-new.safetensors"
-    shutil.copy(new_model / "model.safetensors", segment)
-    await engine.stage(1000, str(segment), build_manifest(segment))
+    await stage_new_weights(engine, model, 1000, tmp_path)
     await engine.load_weights(1000, PauseMode.KEEP)
     await engine.stage_initial()
     await engine.load_weights(0, PauseMode.KEEP)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +115,8 @@ def test_a_run_serves_trains_reports_and_leaves_nothing_behind(workplace: Path) 
     assert "step 2  reward 0.200" in output
     assert "report:" in output
     assert (run_dir / "report.html").exists()
+    served = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert served["weights"]["keep_on_stop"] is False, "the trainer's checkpoint is what is kept"
     assert (workplace / "runs" / "latest").resolve() == run_dir.resolve()
     assert nothing_is_left(run_dir)
 

@@ -17,6 +17,7 @@ from shared.config.engine import ModelConfig
 from shared.config.weights import WeightsConfig
 from shared.errors import RequestError, WeightTransferError
 from shared.schemas.weights import PublishRequest, PublishResponse
+from shared.types import TransportKind
 from shared.weights import build_manifest, segment_name
 from tests.fakes.models import make_micro_model
 from trainer.policy import Policy
@@ -120,3 +121,28 @@ def test_segments_of_dead_trainers_are_swept_at_the_start(tmp_path: Path) -> Non
     own.touch()
     publisher(tmp_path, lambda _: conflict())
     assert list(tmp_path.iterdir()) == [own]
+
+
+def test_over_a_shared_disk_the_segment_is_synced_before_it_is_announced(
+    tmp_path: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        "shared.segment_writer.os.fsync",
+        lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)),
+    )
+    seen = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        push = PublishRequest.model_validate_json(request.content)
+        seen.append((push.transport.value, list(synced)))
+        return accepted(push)
+
+    client = RolloutClient("http://server", timeout_s=5, transport=httpx.MockTransport(answer))
+    config = WeightsConfig(transport=TransportKind.FILESYSTEM, filesystem_dir=str(tmp_path))
+    Publisher(client, config).publish(policy, version=4, base_version=3)
+    ((transport, files),) = seen
+    assert transport == "filesystem"
+    assert files[0].endswith(".partial")
+    assert files[1:] == [str(tmp_path)]

@@ -207,7 +207,7 @@ def test_without_an_engine_left_a_push_has_to_wait() -> None:
 @given(st.integers(1, 200), st.floats(0.001, 1.0))
 def test_a_quorum_is_at_least_one_engine_and_at_least_its_share(num: int, quorum: float) -> None:
     needed = num_engines_needed(num, CommitPolicy.QUORUM, quorum)
-    assert 1 <= needed <= num
+    assert needed in range(1, num + 1)
     assert needed >= quorum * num - 1e-6
     assert needed - 1 < quorum * num or needed == 1
     assert num_engines_needed(num, CommitPolicy.ALL, quorum) == num
