@@ -156,12 +156,12 @@ class WeightCoordinator:
         engine is part of every push.
 
         Raises:
-            UnavailableError: a push holds the lock for ``weights.lock_timeout_s``, or the
-                coordinator is closed.
+            UnavailableError: the lock was held for longer than a push may take, or the coordinator
+                is closed.
             EngineError, WeightTransferError: the engine could not load; it must not serve.
         """
         self._check_open()
-        async with self._exclusively(f"engine {handle.engine_id}"):
+        async with self._exclusively(f"engine {handle.engine_id}", self._config.longest_push_s):
             snapshot = self._snapshot
             if snapshot is not None and handle.committed_version < snapshot.version:
                 await stage_on(handle, snapshot, self._config)
@@ -219,7 +219,6 @@ class WeightCoordinator:
             participants=self._participants,
             on_commit=self._committed,
         )
-        self._last_response = None
         response = await push.run()
         self._last_response = response
         self._num_commits += 1
@@ -238,6 +237,7 @@ class WeightCoordinator:
 
     def _committed(self, snapshot: CommittedSnapshot) -> None:
         self._snapshot = snapshot
+        self._last_response = None  # of the version before; this one's follows when all resumed
 
     def _participants(self) -> list[EngineHandle]:
         engines = self._pool.engines()
@@ -260,14 +260,15 @@ class WeightCoordinator:
         )
 
     @contextlib.asynccontextmanager
-    async def _exclusively(self, who: str) -> AsyncIterator[None]:
-        limit_s = self._config.lock_timeout_s
+    async def _exclusively(self, who: str, at_least_s: float = 0.0) -> AsyncIterator[None]:
+        limit_s = max(self._config.lock_timeout_s, at_least_s)
         try:
             async with asyncio.timeout(limit_s):
                 await self._lock.acquire()
         except TimeoutError as exc:
             raise UnavailableError(
-                f"{who} waited for another weight push for weights.lock_timeout_s {limit_s:g}"
+                f"{who} waited {limit_s:g} s for another weight push or audit "
+                "(weights.lock_timeout_s)"
             ) from exc
         try:
             yield

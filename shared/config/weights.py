@@ -50,6 +50,12 @@ class WeightsConfig(SettingsModel):
             return Path(self.filesystem_dir)
         return Path(self.shared_memory_dir)
 
+    @property
+    def longest_push_s(self) -> float:
+        """Verifying and staging, pausing and loading, and at worst loading the version before."""
+        load_s = self.pause_timeout_s + self.commit_timeout_s
+        return 3 * self.stage_timeout_s + 2 * load_s + self.commit_timeout_s
+
     @model_validator(mode="after")
     def filesystem_needs_a_directory(self) -> Self:
         if self.transport is TransportKind.FILESYSTEM and self.filesystem_dir is None:

@@ -61,10 +61,41 @@ async def test_a_push_does_not_wait_for_ever_for_another(start: StartWorld) -> N
     it.first.stage_gate.clear()
     first = asyncio.create_task(it.push(1, 0))
     await it.first.staging.wait()
-    with pytest.raises(UnavailableError, match=r"weights\.lock_timeout_s 0\.05"):
+    with pytest.raises(UnavailableError, match=r"0\.05 s .*weights\.lock_timeout_s"):
         await it.push(2, 0)
     it.first.stage_gate.set()
     assert (await first).version == 1
+
+
+async def test_where_a_second_push_is_refused_at_once_an_engine_still_waits_to_join(
+    start: StartWorld,
+) -> None:
+    it = start(lock_timeout_s=0)
+    it.first.stage_gate.clear()
+    first = asyncio.create_task(it.push(1, 0, (3.0, 4.0)))
+    await it.first.staging.wait()
+    with pytest.raises(UnavailableError, match="0 s"):
+        await it.push(2, 0)
+    newcomer = FakeEngine("e2", EngineState.STARTING)
+    join = asyncio.create_task(it.join(newcomer))
+    await asyncio.sleep(0.02)
+    assert not join.done()
+    it.first.stage_gate.set()
+    await first
+    await join
+    assert newcomer.loaded == [3.0, 4.0]
+
+
+async def test_a_refused_push_changes_nothing_in_the_answer_to_the_committed_one(
+    start: StartWorld,
+) -> None:
+    it = start()
+    request = it.request(1, 0)
+    answer = await it.coordinator.publish(request)
+    it.first.stage_error = WeightVerificationError("does not fit")
+    with pytest.raises(WeightVerificationError):
+        await it.push(2, 1)
+    assert await it.coordinator.publish(request) == answer
 
 
 async def test_a_caller_that_hangs_up_does_not_stop_the_push(start: StartWorld) -> None:
