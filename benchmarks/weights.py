@@ -1,10 +1,11 @@
 """What does a weight push cost, against a plain copy of the same bytes?
 
 The wide model, real engines in this process, shared memory, the real coordinator with its record on
-disk. In each repeat a plain copy of all tensors, a full push to one engine and a full push to two
-take turns, while one sequence per engine is running. A push is timed from the first byte that the
-trainer's side writes to the coordinator's answer; ``paused`` is the longest time an engine stood
-still.
+disk. In each repeat a plain copy of all tensors, a full push to one engine, a full push to two, and
+a push of what changed (one element in a hundred, in every tensor) to one take turns, while one
+sequence per engine is running. A push is timed from the first byte that the trainer's side writes
+to the coordinator's answer; ``paused`` is the longest time an engine stood still. Before a full
+push every element changes: engines load what is new and nothing else.
 """
 
 from __future__ import annotations
@@ -35,13 +36,17 @@ from shared.clock import SystemClock
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig
 from shared.config.weights import WeightsConfig
+from shared.delta_writer import write_delta
 from shared.schemas.rollouts import SamplingOptions
-from shared.schemas.weights import PublishRequest, PublishResponse
+from shared.schemas.weights import PublishRequest, WeightManifest
 from shared.segment_writer import TensorSpec, write_segment
 from shared.types import SpeculationMode
 from shared.weights import segment_name
 
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+INTEGERS = {2: torch.int16, 4: torch.int32}
+DELTA_SHARE = 0.01
+"""What a step of reinforcement learning changes, about."""
 
 
 def engine_spec(model: Path, index: int, num_engines: int) -> EngineSpec:
@@ -90,6 +95,7 @@ class Bench:
         self._config = WeightsConfig(keep_on_stop=False)
         self._ledger = CommitLedger(directory)
         self._version = 0
+        self._generator = torch.Generator().manual_seed(0)
         self.pool = LocalPool([])
         self.coordinator = WeightCoordinator(
             self.pool,  # type: ignore[arg-type]  # only what pushes use
@@ -106,23 +112,27 @@ class Bench:
             self._copy[name].copy_(tensor)
         return time.perf_counter() - started
 
-    async def push(self) -> tuple[dict[str, float], PublishResponse]:
-        """A full push; seconds by phase, ``all`` among them."""
+    def change(self, share: float) -> None:
+        """Other bits in about this share of the elements of every tensor: the lowest, so that
+        values stay what they are, nearly."""
+        for tensor in self._tensors.values():
+            bits = tensor.view(-1).view(INTEGERS[tensor.element_size()])
+            if share < 1:
+                count = max(int(bits.numel() * share), 1)
+                where = torch.randint(bits.numel(), (count,), generator=self._generator)
+                bits[where] ^= 1
+            else:
+                bits ^= 1
+
+    async def push(self, *, only_changes: bool = False) -> dict[str, float]:
+        """Seconds by phase, ``all`` among them; and ``bytes`` of the file."""
         self._version += 1
         path = self._config.directory / segment_name(os.getpid(), self._version)
         started = time.perf_counter()
-        specs = [
-            TensorSpec(name, DTYPES[tensor.dtype], tuple(tensor.shape))
-            for name, tensor in self._tensors.items()
-        ]
         try:
-            manifest = await asyncio.to_thread(
-                write_segment,
-                path,
-                specs,
-                lambda spec: [self._tensors[spec.name].view(torch.uint8).numpy()],
-            )
+            manifest = await asyncio.to_thread(self._write, path, only_changes)
             published = time.perf_counter()
+            num_bytes = path.stat().st_size
             request = PublishRequest(
                 version=self._version, base_version=self._version - 1, manifest=manifest
             )
@@ -134,7 +144,24 @@ class Bench:
         for part in ("pause_s", "load_s", "requantize_s", "resume_s", "paused_s"):
             longest = max(getattr(timings, part) for timings in response.engines)
             seconds[part.removesuffix("_s")] = longest
-        return seconds, response
+        return {**seconds, "bytes": num_bytes}
+
+    def _write(self, path: Path, only_changes: bool) -> WeightManifest:
+        specs = [
+            TensorSpec(name, DTYPES[tensor.dtype], tuple(tensor.shape))
+            for name, tensor in self._tensors.items()
+        ]
+
+        def produce(spec: TensorSpec) -> list[Any]:
+            return [self._tensors[spec.name].view(torch.uint8).numpy()]
+
+        if not only_changes:
+            return write_segment(path, specs, produce)
+        base = self.coordinator.snapshot()
+        assert base is not None, "a full push came before"
+        return write_delta(
+            path, specs, produce, base_path=base.path, limit_bytes=self.num_bytes // 4
+        )
 
 
 async def measure(model: Path, repeats: int) -> dict[str, Any]:
@@ -153,16 +180,19 @@ async def measure(model: Path, repeats: int) -> dict[str, Any]:
                 busy = asyncio.create_task(keep_busy(actor, spec.engine_id))
                 stack.callback(busy.cancel)
             for repeat in range(repeats + 1):
-                order = ["copy", "one", "two"]
-                order = order[repeat % 3 :] + order[: repeat % 3]
+                order = ["copy", "one", "two", "delta"]
+                order = order[repeat % 4 :] + order[: repeat % 4]
                 found: dict[str, Any] = {}
                 for side in order:
                     if side == "copy":
                         found[side] = await asyncio.to_thread(bench.copy)
                         continue
                     bench.pool.members = handles if side == "two" else handles[:1]
-                    # An engine that was left out is behind: pushes are absolute, so it catches up.
-                    found[side], _ = await bench.push()
+                    # An engine that was left out is behind: it loads what differs for it.
+                    if side == "delta" and repeat == 0 and bench.coordinator.snapshot() is None:
+                        await bench.push()
+                    bench.change(DELTA_SHARE if side == "delta" else 1.0)
+                    found[side] = await bench.push(only_changes=side == "delta")
                 if repeat > 0:
                     rounds.append(found)
                 shown = {s: v if s == "copy" else v["all"] for s, v in found.items()}
@@ -176,7 +206,7 @@ def summarize(rounds: list[dict[str, Any]], num_bytes: int) -> dict[str, Any]:
     def median(of: Any) -> float:
         return round(statistics.median(of(r) for r in rounds), 3)
 
-    phases = sorted(rounds[0]["one"])
+    phases = sorted(rounds[0]["one"].keys() - {"bytes"})
     return {
         "bench": "weights",
         "full_push_ratio": median(lambda r: r["one"]["all"] / r["copy"]),
@@ -186,10 +216,16 @@ def summarize(rounds: list[dict[str, Any]], num_bytes: int) -> dict[str, Any]:
         "pause_ratio": median(lambda r: r["one"]["paused"] / r["copy"]),
         "verify_share": median(lambda r: r["one"]["verifying"] / r["one"]["all"]),
         "two_engines_ratio": median(lambda r: r["two"]["all"] / r["one"]["all"]),
+        "delta_time_ratio": median(lambda r: r["delta"]["all"] / r["one"]["all"]),
+        "delta_pause_ratio": median(lambda r: r["delta"]["paused"] / r["one"]["paused"]),
+        "delta_bytes_ratio": round(
+            statistics.median(r["delta"]["bytes"] / r["one"]["bytes"] for r in rounds), 4
+        ),
         "copy_s": median(lambda r: r["copy"]),
         "bytes": num_bytes,
         "repeats": len(rounds),
         "phases_s": {phase: median(lambda r, p=phase: r["one"][p]) for phase in phases},
+        "phases_of_delta_s": {phase: median(lambda r, p=phase: r["delta"][p]) for phase in phases},
         "phases_of_two_s": {phase: median(lambda r, p=phase: r["two"][p]) for phase in phases},
     }
 

@@ -148,15 +148,25 @@ def read_range(descriptor: int, start: int, end: int, path: str) -> Iterator[mem
     buffer = memoryview(bytearray(min(CHUNK_BYTES, max(end - start, 1))))
     position = start
     while position < end:
-        wanted = min(len(buffer), end - position)
-        filled = 0
-        while filled < wanted:
-            num_read = os.preadv(descriptor, [buffer[filled:wanted]], position + filled)
-            if num_read == 0:
-                raise _unsound(path, f"ends at byte {position + filled}, expected {end}: truncated")
-            filled += num_read
-        yield buffer[:wanted]
-        position += wanted
+        chunk = buffer[: min(len(buffer), end - position)]
+        read_into(descriptor, chunk, position, path)
+        yield chunk
+        position += len(chunk)
+
+
+def read_into(descriptor: int, buffer: memoryview, start: int, path: str) -> None:
+    """Fill a buffer of bytes from position ``start``; ``path`` only names the file in errors.
+
+    Raises:
+        WeightVerificationError: the file ends early.
+    """
+    filled = 0
+    while filled < len(buffer):
+        num_read = os.preadv(descriptor, [buffer[filled:]], start + filled)
+        if num_read == 0:
+            end = start + len(buffer)
+            raise _unsound(path, f"ends at byte {start + filled}, expected {end}: truncated")
+        filled += num_read
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,15 +80,34 @@ def _write(
     ordered = sorted(specs, key=lambda spec: -DTYPE_NUM_BYTES.get(spec.dtype, 0))
     header = _header(ordered)
     needed_bytes = len(header) + sum(spec.num_bytes or 0 for spec in ordered)
+    with (
+        creating(path, needed_bytes, is_durable=is_durable) as descriptor,
+        _Pipe(descriptor) as pipe,
+    ):
+        pipe.write(memoryview(header), None)
+        entries = [_write_tensor(pipe, spec, produce(spec)) for spec in ordered]
+        pipe.flush()
+    return entries
+
+
+@contextlib.contextmanager
+def creating(path: Path, needed_bytes: int, *, is_durable: bool = False) -> Iterator[int]:
+    """A file that appears under ``path`` only if the body ends well: its descriptor, for writing.
+
+    Args:
+        needed_bytes: that must be free in its directory.
+        is_durable: survive a power cut (a disk, not shared memory).
+
+    Raises:
+        WeightTransferError: too little room, or the file cannot be written. Nothing is left of it.
+    """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
         _check_free_space(path.parent, needed_bytes)
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            with os.fdopen(descriptor, "wb", buffering=0) as file, _Pipe(file.fileno()) as pipe:
-                pipe.write(memoryview(header), None)
-                entries = [_write_tensor(pipe, spec, produce(spec)) for spec in ordered]
-                pipe.flush()
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
+                yield file.fileno()
                 if is_durable:
                     os.fsync(file.fileno())
             os.rename(partial, path)
@@ -103,7 +122,6 @@ def _write(
             f"weight segment {path} ({needed_bytes} bytes) cannot be written: {exc.strerror}; "
             "see weights.shared_memory_dir and weights.filesystem_dir"
         ) from exc
-    return entries
 
 
 def write_safetensors(path: str | Path, tensors: Iterable[TensorSource]) -> int:
@@ -144,7 +162,7 @@ class _Pipe:
         while data:
             chunk, data = data[:CHUNK_BYTES], data[CHUNK_BYTES:]
             self.flush()
-            self._pending = self._pool.submit(_write_all, self._descriptor, chunk)
+            self._pending = self._pool.submit(write_all, self._descriptor, chunk)
             if digest is not None:
                 digest.update(chunk)
 
@@ -159,13 +177,13 @@ def _write_tensor(pipe: _Pipe, spec: TensorSpec, pieces: Iterable[TensorBuffer])
     digest = xxhash.xxh3_128()
     num_bytes = 0
     for piece in pieces:
-        view = piece.data if isinstance(piece, np.ndarray) else memoryview(piece)
-        if not view.c_contiguous:
-            raise _does_not_fit(spec, "the buffer is not contiguous")
-        num_bytes += view.nbytes
-        if view.nbytes:  # memoryview cannot cast a view with a zero in its shape
-            pipe.write(view.cast("B"), digest)
-            pipe.flush()  # the producer may use its buffer again
+        try:
+            view = as_bytes(piece)
+        except TypeError as exc:
+            raise _does_not_fit(spec, str(exc)) from exc
+        num_bytes += len(view)
+        pipe.write(view, digest)
+        pipe.flush()  # the producer may use its buffer again
     if num_bytes != spec.num_bytes:
         raise _does_not_fit(spec, f"the buffer has {num_bytes}")
     return TensorEntry(
@@ -175,6 +193,19 @@ def _write_tensor(pipe: _Pipe, spec: TensorSpec, pieces: Iterable[TensorBuffer])
         num_bytes=num_bytes,
         digest=digest.hexdigest(),
     )
+
+
+def as_bytes(buffer: TensorBuffer) -> memoryview:
+    """A buffer's bytes, without a copy.
+
+    Raises:
+        TypeError: it is not contiguous.
+    """
+    view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
+    if not view.c_contiguous:
+        raise TypeError("the buffer is not contiguous")
+    # memoryview cannot cast a view with a zero in its shape.
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def _header(ordered: Sequence[TensorSpec]) -> bytes:
@@ -214,6 +245,7 @@ def _check_free_space(directory: Path, needed_bytes: int) -> None:
         )
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write all of it at the file's position. Blocks."""
     while data:
         data = data[os.write(descriptor, data) :]

@@ -134,6 +134,24 @@ class TransportKind(StrEnum):
     """A safetensors file in a directory that trainer, server and every engine's host share."""
 
 
+class SegmentEncoding(StrEnum):
+    """What the file of a push holds."""
+
+    FULL = "full"
+    """Every tensor."""
+    DELTA = "delta"
+    """What changed since the base version (``shared/weight_delta.py``)."""
+
+
+class DeltaMode(StrEnum):
+    """When a trainer pushes only what changed."""
+
+    AUTO = "auto"
+    """When the base can be read, and the delta is at most ``weights.delta_max_share`` of it."""
+    OFF = "off"
+    """Every push holds every tensor."""
+
+
 class CommitPolicy(StrEnum):
     """How many engines must have loaded a push for it to be committed."""
 

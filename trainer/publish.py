@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -12,10 +12,11 @@ from time import monotonic
 import torch
 
 from shared.config.weights import WeightsConfig
-from shared.errors import SlipstreamError, WeightTransferError
+from shared.delta_writer import write_delta
+from shared.errors import ConflictError, RequestError, SlipstreamError, WeightTransferError
 from shared.schemas.weights import PublishRequest, PublishResponse, WeightManifest
 from shared.segment_writer import TensorBuffer, TensorSpec, write_segment
-from shared.types import TransportKind
+from shared.types import DeltaMode, SegmentEncoding, TransportKind
 from shared.weights import segment_name, sweep_stale_segments
 from trainer.policy import Policy
 from trainer.rollout_client import RolloutClient
@@ -24,6 +25,9 @@ LOGGER = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 25
 """Of a tensor, rounded to the served dtype and in memory at a time."""
+
+Produce = Callable[[TensorSpec], Iterator[TensorBuffer]]
+"""A tensor's bytes as they are served, in pieces."""
 
 _SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -42,10 +46,21 @@ class PushReport:
 
     version: int
     num_bytes: int
+    """Of all tensors."""
+    sent_bytes: int
+    """Of the file: less where only what changed was pushed."""
     push_s: float
     """From the first byte written to the server's answer."""
     paused_s: float
     """Longest time an engine stood still."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Base:
+    """The server's file of the version that is committed, as far as this trainer knows."""
+
+    version: int
+    path: Path
 
 
 class Publisher:
@@ -55,6 +70,7 @@ class Publisher:
         self._client = client
         self._config = config
         self._directory = config.directory
+        self._base: _Base | None = None
         for name in sweep_stale_segments(self._directory):
             LOGGER.info("removed the weight segment %s of a process that is gone", name)
 
@@ -74,16 +90,26 @@ class Publisher:
         # A name left behind by an interrupted push of this very process would refuse the write.
         path.unlink(missing_ok=True)
         try:
-            manifest = self._write(path, policy)
-            request = PublishRequest(
-                version=version,
-                base_version=base_version,
-                transport=self._config.transport,
-                manifest=manifest,
-            )
-            response = self._send(request)
+            request, sent_bytes = self._write(path, policy, version, base_version)
+            try:
+                response = self._send(request)
+            except RequestError as exc:
+                is_delta = request.manifest.encoding is SegmentEncoding.DELTA
+                if not is_delta or isinstance(exc, ConflictError):
+                    raise
+                # Nothing is committed under this version: the same tensors may come once more.
+                LOGGER.warning("version %d as a delta was refused (%s); all of it", version, exc)
+                self._base = None
+                request, sent_bytes = self._write(path, policy, version, base_version)
+                response = self._send(request)
+        except BaseException:
+            self._base = None  # what is committed now is not known for sure
+            raise
         finally:
             path.unlink(missing_ok=True)
+        self._base = None
+        if response is not None and response.segment is not None:
+            self._base = _Base(version=version, path=self._directory / response.segment)
         paused_s = 0.0
         if response is not None:
             paused_s = max((timings.paused_s for timings in response.engines), default=0.0)
@@ -95,13 +121,17 @@ class Publisher:
                 )
         return PushReport(
             version=version,
-            num_bytes=sum(entry.num_bytes for entry in manifest.tensors),
+            num_bytes=sum(entry.num_bytes for entry in request.manifest.tensors),
+            sent_bytes=sent_bytes,
             push_s=monotonic() - started_s,
             paused_s=paused_s,
         )
 
-    def _write(self, path: Path, policy: Policy) -> WeightManifest:
-        """The policy as a segment, a piece of a tensor in memory at a time."""
+    def _write(
+        self, path: Path, policy: Policy, version: int, base_version: int
+    ) -> tuple[PublishRequest, int]:
+        """The policy as a segment: what changed if that pays, else all of it. Its bytes, too."""
+        path.unlink(missing_ok=True)
         tensors = dict(policy.served_tensors())
         specs = [
             TensorSpec(name, _SAFETENSORS_DTYPES[policy.dtype_served(tensor)], tuple(tensor.shape))
@@ -109,12 +139,46 @@ class Publisher:
         ]
 
         def produce(spec: TensorSpec) -> Iterator[TensorBuffer]:
+            # A piece of a tensor is in memory at a time.
             for piece in policy.served_pieces(tensors[spec.name], PIECE_BYTES):
                 # numpy has no bfloat16; only the bytes matter, so every tensor goes as bytes.
                 yield piece.view(torch.uint8).numpy()
 
-        is_durable = self._config.transport is TransportKind.FILESYSTEM
-        return write_segment(path, specs, produce, is_durable=is_durable)
+        manifest = self._write_delta(path, specs, produce, base_version)
+        if manifest is None:
+            manifest = write_segment(path, specs, produce, is_durable=self._is_durable)
+        request = PublishRequest(
+            version=version,
+            base_version=base_version,
+            transport=self._config.transport,
+            manifest=manifest,
+        )
+        return request, path.stat().st_size
+
+    def _write_delta(
+        self, path: Path, specs: list[TensorSpec], produce: Produce, base_version: int
+    ) -> WeightManifest | None:
+        """None where the delta would not pay, or there is nothing to make it from."""
+        base, config = self._base, self._config
+        if config.delta is DeltaMode.OFF or base is None or base.version != base_version:
+            return None
+        num_bytes = sum(spec.num_bytes or 0 for spec in specs)
+        try:
+            return write_delta(
+                path,
+                specs,
+                produce,
+                base_path=base.path,
+                limit_bytes=int(num_bytes * config.delta_max_share),
+                is_durable=self._is_durable,
+            )
+        except WeightTransferError as exc:
+            LOGGER.info("no delta on version %d: %s", base_version, exc.message)
+            return None
+
+    @property
+    def _is_durable(self) -> bool:
+        return self._config.transport is TransportKind.FILESYSTEM
 
     def _send(self, request: PublishRequest) -> PublishResponse | None:
         """The server's answer; None when it got lost but the version is committed all the same."""

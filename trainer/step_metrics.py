@@ -88,6 +88,7 @@ def step_metrics(facts: StepFacts) -> dict[str, float | int | None]:
             "weights/push_s": push.push_s,
             "weights/paused_s": push.paused_s,
             "weights/num_bytes": push.num_bytes,
+            "weights/sent_bytes": push.sent_bytes,
             "phase/publish_s": push.push_s,
         }
     return record

@@ -8,12 +8,13 @@ there the drafter is fed by the checkpoint (``requantization.py``).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.nn import Module
 
-from rollout_server.drafter.sharing import draft_linear_methods
+from rollout_server.drafter.sharing import draft_linear_methods, token_embedding
 
 READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a weight that vLLM has not quantized may be in."""
@@ -34,8 +35,14 @@ def _is_readable(weight: torch.Tensor | None) -> bool:
 
 
 @torch.no_grad()
-def pack_from_target(drafter: Module, target: Module) -> int:
-    """Quantize every drafter layer from the target layer of the same name, in place.
+def pack_from_target(
+    drafter: Module, target: Module, module_names: Collection[str] | None = None
+) -> int:
+    """Quantize drafter layers from the target layers of the same name, in place.
+
+    Args:
+        module_names: those of the target that changed; None for all. A tied LM head follows the
+            embedding.
 
     Returns:
         Number of layers packed.
@@ -50,7 +57,11 @@ def pack_from_target(drafter: Module, target: Module) -> int:
             f"({len(unreadable)} such layers)"
         )
     modules: dict[str, Any] = dict(target.named_modules(remove_duplicate=False))
-    methods = draft_linear_methods(drafter)
-    for name, method in methods.items():
-        method.pack(modules[name].weight.data)
-    return len(methods)
+    embedding, _ = token_embedding(drafter)
+    num_packed = 0
+    for name, method in draft_linear_methods(drafter).items():
+        source = embedding if name == "lm_head" and method.is_tied else name
+        if module_names is None or source in module_names:
+            method.pack(modules[name].weight.data)
+            num_packed += 1
+    return num_packed

@@ -13,7 +13,11 @@ from typing import Any
 from rollout_server.drafter.lag import is_rebuild_due
 from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.commit_window import CommitWindow
-from rollout_server.weights.expectation import check_against_model, expected_tensors
+from rollout_server.weights.expectation import (
+    changed_tensors,
+    check_against_model,
+    expected_tensors,
+)
 from shared.errors import EngineError, WeightCommitError
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
 from shared.types import PauseMode
@@ -31,6 +35,10 @@ class WeightLoading:
         self.version = 0
         """Of the target; 0 is the model directory."""
         self.drafter_version = 0
+        self._staged: dict[int, WeightManifest] = {}
+        self._manifest: WeightManifest | None = None
+        """Of what the target holds; None while that is the model directory."""
+        self._drafter_manifest: WeightManifest | None = None
 
     async def stage(self, llm: Any, version: int, path: str, manifest: WeightManifest) -> float:
         """Check a verified file against the model and map it in every rank. Seconds.
@@ -41,6 +49,7 @@ class WeightLoading:
         started = time.perf_counter()
         check_against_model(manifest, expected_tensors(self._spec.model.path))
         await llm.collective_rpc("slipstream_stage", args=(version, path))
+        self._staged[version] = manifest
         return time.perf_counter() - started
 
     async def stage_initial(self, llm: Any) -> float:
@@ -58,6 +67,7 @@ class WeightLoading:
 
     async def discard(self, llm: Any, version: int) -> None:
         """Forget a staged version."""
+        self._staged.pop(version, None)
         await llm.collective_rpc("slipstream_discard", args=(version,))
 
     async def load(self, llm: Any, version: int, pause_mode: PauseMode, recompute_kv: bool) -> None:
@@ -76,12 +86,24 @@ class WeightLoading:
             rebuild = version <= self.drafter_version or is_rebuild_due(
                 version, self.drafter_version, self._spec.drafter.requantize_every
             )
-            ranks = await llm.collective_rpc("slipstream_load", args=(version, rebuild))
+            manifest = self._staged.pop(version, None)
+            ranks = await llm.collective_rpc(
+                "slipstream_load",
+                args=(
+                    version,
+                    rebuild,
+                    changed_tensors(self._manifest, manifest),
+                    changed_tensors(self._drafter_manifest, manifest),
+                ),
+            )
             drafter_version = version if rebuild else self.drafter_version
             await core.call_utility_async(
                 "slipstream_set_weight_versions", version, drafter_version
             )
             self.version, self.drafter_version = version, drafter_version
+            self._manifest = manifest
+            if rebuild:
+                self._drafter_manifest = manifest
             self._window.add_load(ranks)
         except Exception as exc:
             # Anything in here may leave half-loaded weights behind: never resume, never reuse.

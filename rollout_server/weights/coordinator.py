@@ -1,17 +1,16 @@
 """Runs weight pushes over all engines, one at a time, and remembers what is committed.
 
 Called by the control plane (``publish``, ``status``) and by the engine pool
-(``bring_up_to_date``). Owns the committed version and the file behind it. One lock makes pushes and
-joins strictly one after the other; a push itself is in ``push``, the rules in ``protocol_state``.
+(``bring_up_to_date``). Owns the committed version and the file behind it. Pushes and joins take
+turns; a push itself is in ``push``, the rules in ``protocol_state``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from rollout_server.engine.protocol import EngineHandle, EnginePool
@@ -22,6 +21,7 @@ from rollout_server.weights.protocol_state import PushAdmission, admit_push, tak
 from rollout_server.weights.push import Push
 from rollout_server.weights.recovery import Recovered, leave_behind
 from rollout_server.weights.snapshot import CommittedSnapshot
+from rollout_server.weights.turns import Turns
 from shared.clock import Clock
 from shared.config.weights import WeightsConfig
 from shared.errors import (
@@ -66,7 +66,7 @@ class WeightCoordinator:
         self._clock = clock
         self._ledger = ledger
         self._model_path = model_path
-        self._lock = asyncio.Lock()
+        self._turns = Turns(config.lock_timeout_s)
         self._pushes: set[asyncio.Task[PublishResponse]] = set()
         self._push: Push | None = None
         self._num_commits = 0
@@ -92,6 +92,7 @@ class WeightCoordinator:
         """Body of ``GET /v1/weights``."""
         return WeightsResponse(
             committed_version=self.committed_version,
+            committed_segment=self._committed_segment(),
             push=self._push_status(),
             engines=[
                 # A commit sets both versions or poisons the engine, so they cannot differ here.
@@ -104,6 +105,10 @@ class WeightCoordinator:
             ],
             history=list(self._history),
         )
+
+    def _committed_segment(self) -> str | None:
+        path = None if self._snapshot is None else Path(self._snapshot.path)
+        return path.name if path is not None and path.parent == self._config.directory else None
 
     def _push_status(self) -> PushStatus | None:
         if self._push is None:
@@ -145,7 +150,7 @@ class WeightCoordinator:
                 coordinator is closed.
         """
         self._check_open()
-        async with self._exclusively("the integrity audit"):
+        async with self._turns.take("the integrity audit"):
             path = self._model_path if self._snapshot is None else self._snapshot.path
             return await audit_engines(self._participants(), self.committed_version, path)
 
@@ -161,7 +166,7 @@ class WeightCoordinator:
             EngineError, WeightTransferError: the engine could not load; it must not serve.
         """
         self._check_open()
-        async with self._exclusively(f"engine {handle.engine_id}", self._config.longest_push_s):
+        async with self._turns.take(f"engine {handle.engine_id}", self._config.longest_push_s):
             snapshot = self._snapshot
             if snapshot is not None and handle.committed_version < snapshot.version:
                 await stage_on(handle, snapshot, self._config)
@@ -183,7 +188,7 @@ class WeightCoordinator:
 
     async def _publish(self, request: PublishRequest) -> PublishResponse:
         started_s = self._clock.monotonic_s()
-        async with self._exclusively(f"version {request.version}"):
+        async with self._turns.take(f"version {request.version}"):
             try:
                 if self._admit(request) is PushAdmission.REPLAY:
                     return self._answer_again()
@@ -256,24 +261,9 @@ class WeightCoordinator:
             verify_s=0.0,
             total_s=0.0,
             num_bytes=sum(entry.num_bytes for entry in self._snapshot.manifest.tensors),
+            segment=self._committed_segment(),
             engines=[],
         )
-
-    @contextlib.asynccontextmanager
-    async def _exclusively(self, who: str, at_least_s: float = 0.0) -> AsyncIterator[None]:
-        limit_s = max(self._config.lock_timeout_s, at_least_s)
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._lock.acquire()
-        except TimeoutError as exc:
-            raise UnavailableError(
-                f"{who} waited {limit_s:g} s for another weight push or audit "
-                "(weights.lock_timeout_s)"
-            ) from exc
-        try:
-            yield
-        finally:
-            self._lock.release()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,4 +1,5 @@
-"""What tensors a push must contain to fit the served model. Pure, over checkpoint headers."""
+"""What tensors a push must contain to fit the served model, and which of them are new. Pure, over
+checkpoint headers and manifests."""
 
 from __future__ import annotations
 
@@ -58,6 +59,18 @@ def check_against_model(
                 f"tensor {name!r} has shape {list(shape)}; the model needs {list(expected[name])}",
                 param="manifest.tensors",
             )
+
+
+def changed_tensors(old: WeightManifest | None, new: WeightManifest | None) -> list[str] | None:
+    """Names of the tensors whose bits differ; None (all of them) where one side is not known, or
+    the names are others."""
+    if old is None or new is None:
+        return None
+    before = {entry.name: entry for entry in old.tensors}
+    after = {entry.name: entry for entry in new.tensors}
+    if before.keys() != after.keys():
+        return None
+    return [name for name, entry in after.items() if entry != before[name]]
 
 
 def _first(names: list[str]) -> str:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from rollout_server.engine.protocol import EngineHandle
 from rollout_server.weights.commit_ledger import CommitLedger, CommitRecord
@@ -26,9 +28,9 @@ from rollout_server.weights.engine_calls import (
     try_resume,
     try_stage,
 )
+from rollout_server.weights.intake import take_in
 from rollout_server.weights.protocol_state import judge_load, judge_stage
-from rollout_server.weights.snapshot import CommittedSnapshot, adopt_segment, remove_segment
-from rollout_server.weights.verify import verify_segment
+from rollout_server.weights.snapshot import CommittedSnapshot, remove_segment
 from shared.clock import Clock
 from shared.config.weights import WeightsConfig
 from shared.errors import WeightCommitError, WeightTransferError
@@ -87,20 +89,18 @@ class Push:
             UnavailableError: no engine is serving.
         """
         started_s = self._clock.monotonic_s()
-        manifest = self._request.manifest
-        # Adopted before it is verified: what engines load is then the very file that was checked.
-        path = adopt_segment(
-            self._config.directory, manifest.segment, self.version, self._ledger.record_path
-        )
-        snapshot = CommittedSnapshot(version=self.version, path=str(path), manifest=manifest)
         try:
-            await self._verify(snapshot)
+            snapshot = await self._take_in()
+        except BaseException:  # also when cancelled
+            self._enter(PushPhase.REFUSED)
+            raise
+        try:
             engines = await self._stage(snapshot)
             loaded, failed = await self._load(engines)
             await self._commit(snapshot, loaded)
         except BaseException:  # also when cancelled: no file of a refused push stays behind
             if self._phase is not PushPhase.COMMITTED:
-                await asyncio.to_thread(remove_segment, path)
+                await asyncio.to_thread(remove_segment, snapshot.path)
                 self._enter(PushPhase.REFUSED)
             raise
         try:
@@ -115,18 +115,37 @@ class Push:
             version=self.version,
             verify_s=self._phases_s["verifying"],
             total_s=self._clock.monotonic_s() - started_s,
-            num_bytes=sum(entry.num_bytes for entry in manifest.tensors),
+            num_bytes=sum(entry.num_bytes for entry in snapshot.manifest.tensors),
             phases_s=self._phases_s,
+            segment=Path(snapshot.path).name,
             engines=timings,
             engines_removed=failed,
         )
 
-    async def _verify(self, snapshot: CommittedSnapshot) -> None:
+    async def _take_in(self) -> CommittedSnapshot:
         limit_s = self._config.stage_timeout_s
+        given_up = threading.Event()
+        work = asyncio.create_task(
+            asyncio.to_thread(
+                take_in,
+                self._request,
+                self._previous,
+                self._config,
+                self._ledger.record_path,
+                given_up.is_set,
+            )
+        )
         try:
             async with asyncio.timeout(limit_s):
-                await asyncio.to_thread(verify_segment, snapshot.path, snapshot.manifest)
-        except TimeoutError as exc:
+                return await asyncio.shield(work)
+        except (TimeoutError, asyncio.CancelledError) as exc:
+            # The thread ends after the tensor it is at; only then is nothing left of its file.
+            given_up.set()
+            await asyncio.gather(work, return_exceptions=True)
+            if not work.cancelled() and work.exception() is None:
+                await asyncio.to_thread(remove_segment, work.result().path)
+            if isinstance(exc, asyncio.CancelledError):
+                raise
             raise WeightTransferError(
                 f"version {self.version} was not verified within weights.stage_timeout_s "
                 f"{limit_s:g}"

@@ -19,6 +19,7 @@ from rollout_server.weights.verify import verify_segment
 from shared.config.weights import WeightsConfig
 from shared.errors import ConfigurationError, WeightTransferError
 from shared.types import LostSnapshotPolicy, TransportKind
+from shared.weights import SegmentKind, segment_name
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ def _take_over(
 ) -> CommittedSnapshot:
     """The dead server's file under a name of this one, recorded before the old name goes."""
     old = Path(snapshot.path)
-    adopted = adopt_segment(directory, old.name, snapshot.version, ledger.record_path)
+    adopted = directory / segment_name(os.getpid(), snapshot.version, SegmentKind.SERVER)
+    adopt_segment(directory, old.name, adopted, ledger.record_path)
     taken = CommittedSnapshot(
         version=snapshot.version, path=str(adopted), manifest=snapshot.manifest
     )

@@ -14,7 +14,6 @@ from shared.errors import WeightTransferError, WeightVerificationError
 from shared.schemas.weights import WeightManifest
 from shared.segment_writer import PARTIAL_SUFFIX, sync_directory
 from shared.weight_claims import remove_claim, write_claim
-from shared.weights import SegmentKind, segment_name
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +29,13 @@ class CommittedSnapshot:
     manifest: WeightManifest
 
 
-def adopt_segment(directory: Path, segment: str, version: int, record_path: Path) -> Path:
+def adopt_segment(directory: Path, segment: str, adopted: Path, record_path: Path) -> None:
     """Give a pushed file a second name of the server's own, without copying, and claim it.
 
     From then on the trainer may remove its name, and a restarted trainer may reuse it.
 
     Args:
+        adopted: the new name, in the same directory.
         record_path: of the record that will refer to it once it is committed.
 
     Raises:
@@ -44,7 +44,6 @@ def adopt_segment(directory: Path, segment: str, version: int, record_path: Path
     """
     # The manifest's pattern forbids slashes, so the name cannot lead out of the directory; a
     # symbolic link is linked as such and refused by the verification, which follows none.
-    adopted = directory / segment_name(os.getpid(), version, SegmentKind.SERVER)
     try:
         os.link(directory / segment, adopted, follow_symlinks=False)
     except FileNotFoundError as exc:
@@ -58,14 +57,22 @@ def adopt_segment(directory: Path, segment: str, version: int, record_path: Path
             f"{exc.strerror}; trainer and server must share weights.shared_memory_dir as one user",
             param="manifest.segment",
         ) from exc
+    claim_segment(adopted, record_path)
+
+
+def claim_segment(path: Path, record_path: Path) -> None:
+    """Keep a file of the server's own from being swept while the record refers to it.
+
+    Raises:
+        WeightTransferError: the claim cannot be written; the file is removed.
+    """
     try:
-        write_claim(adopted, record_path)
+        write_claim(path, record_path)
     except OSError as exc:
-        remove_segment(adopted)
+        remove_segment(path)
         raise WeightTransferError(
-            f"weight segment {adopted.name} cannot be claimed in {directory}: {exc.strerror}"
+            f"weight segment {path.name} cannot be claimed in {path.parent}: {exc.strerror}"
         ) from exc
-    return adopted
 
 
 def remove_segment(path: str | Path) -> None:

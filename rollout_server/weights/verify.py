@@ -8,6 +8,7 @@ infinity.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from shared.errors import WeightVerificationError
+from shared.errors import WeightTransferError, WeightVerificationError
 from shared.safetensors_file import (
-    CHUNK_BYTES,
     TensorSpan,
     open_regular_file,
     read_header_at,
@@ -39,25 +39,44 @@ _EXPONENT_MASKS: dict[str, np.unsignedinteger[Any]] = {
 """A float is NaN or infinite exactly when all of its exponent bits are set."""
 
 
-def verify_segment(path: str | Path, manifest: WeightManifest) -> None:
+def verify_segment(
+    path: str | Path,
+    manifest: WeightManifest,
+    is_given_up: Callable[[], bool] = lambda: False,
+) -> None:
     """Check a segment against its manifest. Blocks.
 
     The file's name is not compared: the coordinator verifies its own hard link of it.
+
+    Args:
+        is_given_up: asked before every tensor; True ends the work.
 
     Raises:
         WeightVerificationError: not a regular, sound safetensors file, or a tensor is missing,
             unexpected, of another dtype, shape or digest, or not finite. Names the tensor.
     """
-    expected = _by_name(manifest)
     descriptor = open_regular_file(path)
     try:
         found = read_header_at(descriptor, str(path))
-        _compare_names(expected, found)
-        for name, span in found.items():
-            _compare_layout(expected[name], span)
-        _check_all_bytes(descriptor, str(path), expected, found)
+        expected = compare_with_manifest(found, manifest)
+        _check_all_bytes(descriptor, str(path), expected, found, is_given_up)
     finally:
         os.close(descriptor)
+
+
+def compare_with_manifest(
+    found: dict[str, TensorSpan], manifest: WeightManifest
+) -> dict[str, TensorEntry]:
+    """Does a file's header have the manifest's tensors? Their entries by name.
+
+    Raises:
+        WeightVerificationError: naming the first tensor that differs.
+    """
+    expected = _by_name(manifest)
+    _compare_names(expected, found)
+    for name, span in found.items():
+        _compare_layout(expected[name], span)
+    return expected
 
 
 def _by_name(manifest: WeightManifest) -> dict[str, TensorEntry]:
@@ -93,17 +112,42 @@ def _compare_layout(entry: TensorEntry, span: TensorSpan) -> None:
 
 
 def _check_all_bytes(
-    descriptor: int, path: str, expected: dict[str, TensorEntry], found: dict[str, TensorSpan]
+    descriptor: int,
+    path: str,
+    expected: dict[str, TensorEntry],
+    found: dict[str, TensorSpan],
+    is_given_up: Callable[[], bool],
 ) -> None:
-    """In threads: reading, digesting and numpy all leave the interpreter lock."""
-    with ThreadPoolExecutor(_num_threads(), "verify") as pool:
-        checks = [
-            pool.submit(_check_bytes, descriptor, path, expected[name], span)
-            for name, span in found.items()
-        ]
+    def check_one(name: str) -> None:
+        check = TensorCheck(expected[name])
+        span = found[name]
+        for chunk in read_range(descriptor, span.start, span.end, path):
+            check.update(chunk)
+        check.finish()
+
+    for_each_tensor(found, check_one, is_given_up)
+
+
+def for_each_tensor(
+    names: Iterable[str], work: Callable[[str], None], is_given_up: Callable[[], bool]
+) -> None:
+    """In threads: reading, digesting and numpy all leave the interpreter lock.
+
+    Raises:
+        WeightTransferError: it was given up.
+        Exception: the first of ``work``.
+    """
+
+    def unless_given_up(name: str) -> None:
+        if is_given_up():
+            raise WeightTransferError("given up: nobody waits for these weights any more")
+        work(name)
+
+    with ThreadPoolExecutor(_num_threads(), "weights") as pool:
+        jobs = [pool.submit(unless_given_up, name) for name in names]
         try:
-            for check in checks:
-                check.result()
+            for job in jobs:
+                job.result()
         except BaseException:  # one bad tensor is enough: do not look at the others
             pool.shutdown(cancel_futures=True)
             raise
@@ -113,26 +157,44 @@ def _num_threads() -> int:
     return min(len(os.sched_getaffinity(0)), MAX_THREADS)
 
 
-def _check_bytes(descriptor: int, path: str, entry: TensorEntry, span: TensorSpan) -> None:
-    mask = _EXPONENT_MASKS.get(span.dtype)
-    scratch = None if mask is None else np.empty(CHUNK_BYTES // mask.itemsize, dtype=mask.dtype)
-    first_not_finite: int | None = None
-    num_elements = 0
-    digest = xxhash.xxh3_128()
-    for chunk in read_range(descriptor, span.start, span.end, path):
-        digest.update(chunk)
-        if mask is None or scratch is None or first_not_finite is not None:
-            continue
+class TensorCheck:
+    """Digest and finiteness of one tensor, a chunk at a time."""
+
+    def __init__(self, entry: TensorEntry) -> None:
+        self._entry = entry
+        self._mask = _EXPONENT_MASKS.get(entry.dtype)
+        self._scratch: npt.NDArray[Any] | None = None
+        self._digest = xxhash.xxh3_128()
+        self._num_elements = 0
+        self._first_not_finite: int | None = None
+
+    def update(self, chunk: memoryview) -> None:
+        """The tensor's next bytes, in whole elements."""
+        self._digest.update(chunk)
+        mask = self._mask
+        if mask is None or self._first_not_finite is not None:
+            return
         bits = np.frombuffer(chunk, dtype=mask.dtype)
-        offset = find_not_finite(bits, mask, scratch)
+        if self._scratch is None or len(self._scratch) < len(bits):
+            self._scratch = np.empty(len(bits), dtype=mask.dtype)
+        offset = find_not_finite(bits, mask, self._scratch)
         if offset is not None:
-            first_not_finite = num_elements + offset
-        num_elements += len(bits)
-    # The digest comes first: in bytes that were damaged on the way a NaN is only a symptom.
-    if digest.hexdigest() != entry.digest.lower():
-        _refuse(entry.name, f"digest {entry.digest}", f"digest {digest.hexdigest()}")
-    if first_not_finite is not None:
-        _refuse(entry.name, "finite values", f"NaN or infinity at element {first_not_finite}")
+            self._first_not_finite = self._num_elements + offset
+        self._num_elements += len(bits)
+
+    def finish(self) -> None:
+        """
+        Raises:
+            WeightVerificationError: the digest is another one, or an element is not finite.
+        """
+        entry = self._entry
+        # The digest comes first: in bytes that were damaged on the way a NaN is only a symptom.
+        if self._digest.hexdigest() != entry.digest.lower():
+            _refuse(entry.name, f"digest {entry.digest}", f"digest {self._digest.hexdigest()}")
+        if self._first_not_finite is not None:
+            _refuse(
+                entry.name, "finite values", f"NaN or infinity at element {self._first_not_finite}"
+            )
 
 
 def find_not_finite(

@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from shared.errors import RequestError, SlipstreamError, UnavailableError
+from shared.errors import ConflictError, RequestError, SlipstreamError, UnavailableError
 from shared.schemas.base import ErrorResponse
 from shared.schemas.rollouts import RolloutRequest, StreamLine
 
@@ -133,6 +133,8 @@ def error_from_response(response: httpx.Response) -> SlipstreamError:
         unavailable = UnavailableError(message, param)
         unavailable.retry_after_s = parse_retry_after(response.headers.get("retry-after"))
         return unavailable
+    if response.status_code == ConflictError.status:
+        return ConflictError(message, param)
     if response.status_code < 500:
         return RequestError(message, param)
     return SlipstreamError(message, param)

@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from shared.config.base import SettingsModel
-from shared.types import CommitPolicy, LostSnapshotPolicy, PauseMode, TransportKind
+from shared.types import CommitPolicy, DeltaMode, LostSnapshotPolicy, PauseMode, TransportKind
 
 
 class WeightsConfig(SettingsModel):
@@ -18,6 +18,9 @@ class WeightsConfig(SettingsModel):
     shared_memory_dir: str = "/dev/shm"
     filesystem_dir: str | None = None
     """Of the transport ``filesystem``: seen under this path by trainer, server and engines."""
+    delta: DeltaMode = DeltaMode.AUTO
+    delta_max_share: float = Field(default=0.25, gt=0, le=1)
+    """Of the tensors' bytes; where a delta would be longer, a trainer pushes every tensor."""
     pause_mode: PauseMode = PauseMode.KEEP
     recompute_kv: bool = False
     """Running sequences compute their KV again under the new weights before they go on

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from shared.schemas.base import WireModel
-from shared.types import PushPhase, TransportKind
+from shared.types import PushPhase, SegmentEncoding, TransportKind
 
 
 class TensorEntry(WireModel):
@@ -25,7 +25,10 @@ class WeightManifest(WireModel):
 
     segment: str = Field(pattern=r"^slipstream-[A-Za-z0-9._-]+\.safetensors$")
     """File name inside the server's own ``weights.shared_memory_dir``; never a path."""
+    encoding: SegmentEncoding = SegmentEncoding.FULL
+    """``delta``: the file holds what changed since ``base_version``."""
     tensors: list[TensorEntry] = Field(min_length=1)
+    """Every tensor of the version, however many of them the file holds."""
 
 
 class PublishRequest(WireModel):
@@ -65,6 +68,9 @@ class PublishResponse(WireModel):
     phases_s: dict[str, float] = Field(default_factory=dict)
     """Seconds of each phase over all engines: ``verifying``, ``staging``, ``loading``,
     ``recording``, ``resume``."""
+    segment: str | None = None
+    """The server's own file of this version, in the directory of the transport: what a delta to the
+    next version can be made from."""
     engines: list[EngineCommitTimings]
     engines_removed: list[str] = Field(default_factory=list)
     """Engines that failed inside the commit window and are replaced."""
@@ -129,6 +135,9 @@ class WeightsResponse(WireModel):
     """Answer of ``GET /v1/weights``."""
 
     committed_version: int
+    committed_segment: str | None = None
+    """The server's own file of that version, as in the answer of its push; null where there was no
+    push, or the file lies elsewhere."""
     push: PushStatus | None = None
     """The latest push, running or ended; null before the first."""
     engines: list[EngineVersions]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -13,12 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rollout_server.weights.delta import apply_delta
+from rollout_server.weights.snapshot import CommittedSnapshot
 from shared.config.engine import ModelConfig
 from shared.config.weights import WeightsConfig
 from shared.errors import RequestError, WeightTransferError
+from shared.safetensors_file import read_header
 from shared.schemas.weights import PublishRequest, PublishResponse
-from shared.types import TransportKind
-from shared.weights import build_manifest, segment_name
+from shared.types import SegmentEncoding, TransportKind
+from shared.weights import SegmentKind, build_manifest, segment_name
 from tests.fakes.models import make_micro_model
 from trainer.policy import Policy
 from trainer.publish import Publisher
@@ -146,3 +149,122 @@ def test_over_a_shared_disk_the_segment_is_synced_before_it_is_announced(
     assert transport == "filesystem"
     assert files[0].endswith(".partial")
     assert files[1:] == [str(tmp_path)]
+
+
+class DeltaServer:
+    """Keeps what is pushed, as a server would, and says where."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.pushes: list[PublishRequest] = []
+        self.refuses_deltas = False
+        self.base: CommittedSnapshot | None = None
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "GET":
+            return committed(0 if self.base is None else self.base.version)
+        push = PublishRequest.model_validate_json(request.content)
+        self.pushes.append(push)
+        own = self.directory / segment_name(os.getpid(), push.version, SegmentKind.SERVER)
+        segment = self.directory / push.manifest.segment
+        if push.manifest.encoding is SegmentEncoding.FULL:
+            os.link(segment, own)
+        elif self.refuses_deltas:
+            error = {
+                "code": "weight_verification_failed",
+                "type": "t",
+                "message": "no",
+                "param": None,
+            }
+            return httpx.Response(422, json={"error": error})
+        else:
+            assert self.base is not None
+            apply_delta(self.base, segment, push.manifest, own, lambda: False, is_durable=False)
+        self.base = CommittedSnapshot(version=push.version, path=str(own), manifest=push.manifest)
+        response = PublishResponse(
+            version=push.version,
+            verify_s=0.0,
+            total_s=0.1,
+            num_bytes=1,
+            segment=own.name,
+            engines=[],
+        )
+        return httpx.Response(200, content=response.model_dump_json())
+
+    @property
+    def encodings(self) -> list[str]:
+        return [push.manifest.encoding.value for push in self.pushes]
+
+
+@pytest.fixture
+def changing(policy: Policy) -> Iterator[Policy]:
+    """A policy that may be changed."""
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    yield policy
+    policy.model.load_state_dict(before)
+
+
+def step(policy: Policy, share: float) -> None:
+    """Change about this share of every tensor."""
+    generator = torch.Generator().manual_seed(1)
+    for _, tensor in policy.served_tensors():
+        tensor[torch.rand(tensor.shape, generator=generator) < share] *= -1.5
+
+
+def test_after_a_full_push_only_what_changed_is_sent(tmp_path: Path, changing: Policy) -> None:
+    server = DeltaServer(tmp_path)
+    pushing = publisher(tmp_path, server)
+    full = pushing.publish(changing, version=1, base_version=0)
+    step(changing, 0.01)
+    delta = pushing.publish(changing, version=2, base_version=1)
+    assert server.encodings == ["full", "delta"]
+    assert delta.num_bytes == full.num_bytes == full.sent_bytes - header_bytes(tmp_path)
+    assert delta.sent_bytes < 0.1 * full.sent_bytes
+    assert server.base is not None
+    served = load_file(server.base.path)
+    for name, tensor in changing.served_tensors():
+        assert torch.equal(served[name], tensor.bfloat16())
+
+
+def header_bytes(directory: Path) -> int:
+    (path,) = directory.glob("slipstream-server-*-v1.safetensors")
+    return min(span.start for span in read_header(path).values())
+
+
+def test_where_much_changed_everything_is_sent(tmp_path: Path, changing: Policy) -> None:
+    server = DeltaServer(tmp_path)
+    pushing = publisher(tmp_path, server)
+    pushing.publish(changing, version=1, base_version=0)
+    step(changing, 0.5)
+    pushing.publish(changing, version=2, base_version=1)
+    assert server.encodings == ["full", "full"]
+
+
+def test_a_delta_that_is_refused_is_followed_by_everything(
+    tmp_path: Path, changing: Policy
+) -> None:
+    server = DeltaServer(tmp_path)
+    server.refuses_deltas = True
+    pushing = publisher(tmp_path, server)
+    pushing.publish(changing, version=1, base_version=0)
+    pushing.publish(changing, version=2, base_version=1)
+    assert server.encodings == ["full", "delta", "full"]
+    assert [push.version for push in server.pushes] == [1, 2, 2]
+
+
+def test_without_the_servers_file_everything_is_sent(tmp_path: Path, changing: Policy) -> None:
+    server = DeltaServer(tmp_path)
+    pushing = publisher(tmp_path, server)
+    pushing.publish(changing, version=1, base_version=0)
+    assert server.base is not None
+    Path(server.base.path).unlink()
+    pushing.publish(changing, version=2, base_version=1)
+    assert server.encodings == ["full", "full"]
+
+
+def test_another_base_than_the_last_push_is_no_base(tmp_path: Path, changing: Policy) -> None:
+    server = DeltaServer(tmp_path)
+    pushing = publisher(tmp_path, server)
+    pushing.publish(changing, version=1, base_version=0)
+    pushing.publish(changing, version=9, base_version=8)
+    assert server.encodings == ["full", "full"]

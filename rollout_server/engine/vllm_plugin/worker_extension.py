@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from rollout_server.drafter.proposer import SelfDraftProposer
-from rollout_server.drafter.requantization import requantize
+from rollout_server.drafter.requantization import requantize, requantize_changed
 from rollout_server.drafter.sharing import (
     draft_linear_methods,
     num_unshared_bytes,
@@ -35,6 +35,7 @@ from rollout_server.drafter.sharing import (
 )
 from rollout_server.drafter.target_packing import pack_from_target, unreadable_layers
 from rollout_server.engine.vllm_plugin.expert_repair import repack_experts
+from rollout_server.engine.vllm_plugin.partial_load import touched_modules
 from rollout_server.engine.vllm_plugin.weight_audit import WeightAudit, auditable_modules
 from shared.types import DrafterScheme
 
@@ -62,11 +63,19 @@ class SlipstreamWorkerExtension:
         """Forget a staged version."""
         getattr(self, "_slipstream_staged", {}).pop(version, None)
 
-    def slipstream_load(self, version: int, rebuild: bool = True) -> dict[str, float]:
+    def slipstream_load(
+        self,
+        version: int,
+        rebuild: bool = True,
+        changed: list[str] | None = None,
+        changed_for_drafter: list[str] | None = None,
+    ) -> dict[str, float]:
         """Replace the target's weights and rebuild the drafter. Generation must be paused.
 
         Args:
             rebuild: False leaves the drafter as it is (``drafter.requantize_every``).
+            changed: checkpoint tensors that differ from what is loaded; None for all of them.
+            changed_for_drafter: those that differ from what the drafter was made of.
 
         Returns:
             ``load_s`` and ``requantize_s``.
@@ -78,15 +87,11 @@ class SlipstreamWorkerExtension:
         model = self.model_runner.get_model()
         started = time.perf_counter()
         with set_current_vllm_config(self.vllm_config), torch.no_grad():
-            initialize_layerwise_reload(model)
-            model.load_weights(iterate_safetensors(path))
-            finalize_layerwise_processing(model, self.vllm_config.model_config)
-            repack_tied_lm_head(model)
-            repack_experts(model)
+            load_target(model, path, changed, self.vllm_config.model_config)
             loaded = time.perf_counter()
             proposer = SelfDraftProposer.active
             if proposer is not None and rebuild:
-                rebuild_drafter(proposer, model, path)
+                rebuild_drafter(proposer, model, path, changed_for_drafter)
         torch.accelerator.synchronize()
         finished = time.perf_counter()
         return {"load_s": loaded - started, "requantize_s": finished - loaded}
@@ -133,12 +138,33 @@ class SlipstreamWorkerExtension:
         }
 
 
-def rebuild_drafter(proposer: SelfDraftProposer, target: Module, path: str) -> None:
-    """From the target's parameters where they can be read, else from the file once more."""
-    if proposer.device.type == "cuda" and not unreadable_layers(proposer.model, target):
-        pack_from_target(proposer.model, target)
+def load_target(model: Any, path: str, changed: list[str] | None, model_config: Any) -> None:
+    """Load a file's tensors; only those modules that ``changed`` touches, where it is given."""
+    touched = None if changed is None else touched_modules(model, changed, tensor_names(path))
+    if touched is None:
+        initialize_layerwise_reload(model)
+        model.load_weights(iterate_safetensors(path))
     else:
+        for module in touched.modules:
+            initialize_layerwise_reload(module)
+        model.load_weights(iterate_safetensors(path, touched.tensor_names))
+    finalize_layerwise_processing(model, model_config)
+    repack_tied_lm_head(model)
+    if touched is None:
+        repack_experts(model)  # packed again only if they were loaded again
+
+
+def rebuild_drafter(
+    proposer: SelfDraftProposer, target: Module, path: str, changed: list[str] | None
+) -> None:
+    """From the target's parameters where they can be read, else from the file once more."""
+    touched = None if changed is None else touched_modules(target, changed, tensor_names(path))
+    if proposer.device.type == "cuda" and not unreadable_layers(proposer.model, target):
+        pack_from_target(proposer.model, target, None if touched is None else touched.module_names)
+    elif touched is None:
         requantize(proposer.model, iterate_safetensors(path))
+    else:
+        requantize_changed(proposer.model, dict(iterate_safetensors(path, touched.tensor_names)))
 
 
 def repack_tied_lm_head(model: Any) -> None:
@@ -162,13 +188,26 @@ def safetensors_files(path: str) -> list[str]:
     return sorted(str(file) for file in Path(path).glob("*.safetensors"))
 
 
-def iterate_safetensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+def tensor_names(path: str) -> list[str]:
+    """Of a file, or a model directory."""
+    names: list[str] = []
+    for file_path in safetensors_files(path):
+        with safe_open(file_path, framework="pt") as file:
+            names += file.keys()
+    return names
+
+
+def iterate_safetensors(
+    path: str, names: Container[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """``(name, tensor)`` over memory-mapped files, one tensor at a time.
 
     Args:
         path: a file, or a model directory.
+        names: only these.
     """
     for file_path in safetensors_files(path):
         with safe_open(file_path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, file.get_tensor(name)
+                if names is None or name in names:
+                    yield name, file.get_tensor(name)
