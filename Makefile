@@ -12,7 +12,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: help setup run serve calibrate test test-fast proof lint types fmt bench gpu-check clean
+.PHONY: help setup run serve calibrate test test-fast proof faults-weights lint types fmt bench gpu-check clean
 
 help: ## This list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test-fast: lint types ## Lint, types and the quick unit tests
 proof: setup ## The long tests: real engines and statistics; writes docs/proof.md
 	PROOF=1 $(TEST_ENV) $(BIN)/python -m pytest -m "not gpu and (slow or engine)" $(ARGS)
 	$(BIN)/python -m tests.support.proof_page
+
+faults-weights: setup ## Hundreds of damaged pushes and 60 kills inside the update window, half an hour
+	$(TEST_ENV) $(BIN)/python -m tests.chaos.faults $(ARGS)
 
 lint: setup ## ruff, no changes made
 	$(BIN)/ruff check .

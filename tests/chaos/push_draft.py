@@ -7,10 +7,11 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.delta_writer import write_delta
 from shared.safetensors_file import TensorSpan, read_header
 from shared.schemas.weights import PublishRequest
 from shared.segment_writer import TensorSpec, write_segment
-from shared.weights import segment_name
+from shared.weights import SegmentKind, segment_name
 
 Tensors = dict[str, tuple[TensorSpec, bytes]]
 
@@ -42,6 +43,22 @@ class Draft:
             self.path,
             [spec for spec, _ in self.tensors.values()],
             lambda spec: (self.tensors[spec.name][1],),
+        )
+        return PublishRequest(
+            version=self.version, base_version=self.base_version, manifest=manifest
+        )
+
+    def write_delta(self, base_path: Path | None = None) -> PublishRequest:
+        """What changed since the server's file of the base version (or another file), and the
+        request that fits it."""
+        self.path.unlink(missing_ok=True)
+        name = segment_name(os.getpid(), self.base_version, SegmentKind.SERVER)
+        manifest = write_delta(
+            self.path,
+            [spec for spec, _ in self.tensors.values()],
+            lambda spec: (self.tensors[spec.name][1],),
+            base_path=base_path or self.path.with_name(name),
+            limit_bytes=2 * sum(len(data) for _, data in self.tensors.values()),
         )
         return PublishRequest(
             version=self.version, base_version=self.base_version, manifest=manifest

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.weights import sweep_stale_segments
-from tests.chaos.weight_kills import VICTIMS, KillRun
+from tests.chaos.faults import run_kills
+from tests.chaos.weight_kills import VICTIMS
 from tests.support.proof import IS_LONG
-from tests.support.server_process import SHARED_MEMORY, shared_memory_files
 
 pytestmark = [
     pytest.mark.engine,
@@ -25,18 +24,8 @@ ROUNDS = 15
 
 
 def test_what_is_killed_inside_a_push_leaves_one_version(tmp_path: Path) -> None:
-    before = shared_memory_files()
-    run = KillRun(tmp_path, seed=1)
-    try:
-        for _ in range(ROUNDS):
-            for victim in VICTIMS:
-                run.kill_once(victim)
-    finally:
-        run.close()
-    sweep_stale_segments(SHARED_MEMORY)
-    counts = run.counts
-    print(counts)
+    counts, leftovers = run_kills(tmp_path, ROUNDS, seed=1)
     assert sum(counts.kills.values()) == ROUNDS * len(VICTIMS)
     assert counts.checked_samples > 0
     assert (counts.wrong_version_samples, counts.half_loaded, counts.hangs) == (0, 0, 0)
-    assert shared_memory_files() - before == set(), "shared memory left behind"
+    assert leftovers == 0, "shared memory left behind"

@@ -37,9 +37,11 @@ import sys
 from pathlib import Path
 import httpx
 from tests.support.server_process import push_to
-url, model, version, base = sys.argv[1:]
+url, model, version, base, encoding = sys.argv[1:]
 client = httpx.Client(base_url=url, timeout=90)
-print(push_to(client, Path(model), int(version), int(base)).status_code)
+only_changes = encoding == "delta"
+answer = push_to(client, Path(model), int(version), int(base), only_changes=only_changes)
+print(answer.status_code)
 """
 
 
@@ -87,6 +89,7 @@ class KillRun:
             [
                 *(sys.executable, "-c", PUSH_PROGRAM, str(self._server.client.base_url)),
                 *(str(self._models[new_version % 2]), str(new_version), str(self._version)),
+                self._generator.choice(("full", "delta")),
             ],
             stdout=subprocess.PIPE,
             text=True,

@@ -16,6 +16,8 @@ import httpx
 import psutil
 from safetensors.torch import load_file
 
+from shared.delta_writer import write_delta
+from shared.schemas.weights import WeightManifest
 from shared.segment_writer import TensorSpec, write_segment
 from shared.weights import segment_name
 
@@ -123,13 +125,25 @@ class ServerProcess:
         return [group["samples"][0] for group in answer.json()["groups"]]
 
 
-def push_to(client: httpx.Client, model: Path, version: int, base_version: int) -> httpx.Response:
-    """Push a model directory's weights to a server, as a trainer does."""
+def push_to(
+    client: httpx.Client,
+    model: Path,
+    version: int,
+    base_version: int,
+    *,
+    only_changes: bool = False,
+) -> httpx.Response:
+    """Push a model directory's weights to a server, as a trainer does.
+
+    Args:
+        only_changes: as a delta, where the server has a file to make it from.
+    """
+    base = client.get("/v1/weights").json()["committed_segment"] if only_changes else None
     path = SHARED_MEMORY / segment_name(os.getpid(), version)
     tensors = load_file(model / "model.safetensors")
     specs = [TensorSpec(name, "F32", tuple(t.shape)) for name, t in tensors.items()]
     try:
-        manifest = write_segment(path, specs, lambda spec: [tensors[spec.name].numpy()])
+        manifest = _write(path, specs, lambda spec: [tensors[spec.name].numpy()], base)
         body = {
             "version": version,
             "base_version": base_version,
@@ -138,3 +152,14 @@ def push_to(client: httpx.Client, model: Path, version: int, base_version: int) 
         return client.post("/v1/weights", json=body)
     finally:
         path.unlink(missing_ok=True)
+
+
+def _write(
+    path: Path,
+    specs: list[TensorSpec],
+    produce: Callable[[TensorSpec], list[Any]],
+    base: str | None,
+) -> WeightManifest:
+    if base is None:
+        return write_segment(path, specs, produce)
+    return write_delta(path, specs, produce, base_path=SHARED_MEMORY / base, limit_bytes=1 << 30)
