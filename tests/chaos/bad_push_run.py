@@ -13,10 +13,13 @@ from rollout_server.weights.coordinator import WeightCoordinator
 from shared.clock import SystemClock
 from shared.config.weights import WeightsConfig
 from shared.errors import SlipstreamError
+from tests.chaos.bad_deltas import DELTA_KINDS
 from tests.chaos.bad_pushes import KINDS
 from tests.chaos.push_draft import Tensors, make_draft, read_tensors
 from tests.support.engine import generate, greedy, running_engine, speculate
 from tests.support.models import greedy_reference, make_model, random_prompts
+
+ALL_KINDS = KINDS | DELTA_KINDS
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,11 +64,11 @@ async def run_bad_pushes(directory: Path, num_rounds: int) -> BadPushCounts:
             good.path.unlink()
             counts.good += 1
             files = sorted(path.name for path in shared_memory.iterdir())
-            for index, kind in enumerate(KINDS):
+            for index, kind in enumerate(ALL_KINDS):
                 draft = make_draft(
                     contents[number % 2], shared_memory, version + 1, 1000 * number + index
                 )
-                damage, errors = KINDS[kind]
+                damage, errors = ALL_KINDS[kind]
                 request = damage(draft)
                 counts.sent[kind] += 1
                 try:

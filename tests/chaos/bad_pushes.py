@@ -11,7 +11,6 @@ from shared.errors import ConflictError, InvalidRequestError, WeightVerification
 from shared.safetensors_file import read_header
 from shared.schemas.weights import PublishRequest, TensorEntry
 from shared.segment_writer import TensorSpec
-from shared.types import SegmentEncoding
 from tests.chaos.push_draft import Draft
 
 EXPONENT = {"BF16": (np.uint16, 0x7F80), "F32": (np.uint32, 0x7F800000)}
@@ -223,65 +222,6 @@ def version_not_above_base(draft: Draft) -> PublishRequest:
     return draft.write()
 
 
-def flipped_delta_bit(draft: Draft) -> PublishRequest:
-    """One bit of what changed."""
-    request = draft.write_delta()
-    with draft.path.open("r+b") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        position = draft.generator.randrange(start, draft.path.stat().st_size)
-        file.seek(position)
-        (byte,) = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte ^ (1 << draft.generator.randrange(8))]))
-    return request
-
-
-def truncated_delta(draft: Draft) -> PublishRequest:
-    """What changed ends early."""
-    request = draft.write_delta()
-    os.truncate(draft.path, draft.generator.randrange(draft.path.stat().st_size))
-    return request
-
-
-def delta_on_other_tensors(draft: Draft) -> PublishRequest:
-    """What changed since a file that is not the committed one."""
-    other = draft.path.with_name("slipstream-other.safetensors")
-    mine = draft.path
-    name = draft.any_name()
-    good = draft.tensors
-    spec, data = good[name]
-    draft.replace(name, spec, bytes([data[0] ^ 1]) + data[1:])
-    draft.path = other
-    draft.write()
-    draft.path, draft.tensors = mine, good
-    # It says one element, where the server's file differs in all of them.
-    try:
-        request = draft.write_delta(other)
-    finally:
-        other.unlink()
-    return request
-
-
-def nan_by_a_delta(draft: Draft) -> PublishRequest:
-    """What changed leads to a NaN, digested as such."""
-    nan(draft)
-    return draft.write_delta()
-
-
-def full_as_a_delta(draft: Draft) -> PublishRequest:
-    """Every tensor, but said to be what changed."""
-    request = draft.write()
-    manifest = request.manifest.model_copy(update={"encoding": SegmentEncoding.DELTA})
-    return request.model_copy(update={"manifest": manifest})
-
-
-def delta_as_full(draft: Draft) -> PublishRequest:
-    """What changed, but said to be every tensor."""
-    request = draft.write_delta()
-    manifest = request.manifest.model_copy(update={"encoding": SegmentEncoding.FULL})
-    return request.model_copy(update={"manifest": manifest})
-
-
 def _with_tensors(request: PublishRequest, tensors: list[TensorEntry]) -> PublishRequest:
     manifest = request.manifest.model_copy(update={"tensors": tensors})
     return request.model_copy(update={"manifest": manifest})
@@ -307,12 +247,6 @@ KINDS: dict[str, tuple[Damage, tuple[type[Exception], ...]]] = {
     "dtype of the manifest": (dtype_of_the_manifest_only, VERIFICATION),
     "NaN": (nan, VERIFICATION),
     "infinity": (infinity, VERIFICATION),
-    "flipped bit of a delta": (flipped_delta_bit, VERIFICATION),
-    "truncated delta": (truncated_delta, VERIFICATION),
-    "delta on other tensors": (delta_on_other_tensors, VERIFICATION),
-    "NaN by a delta": (nan_by_a_delta, VERIFICATION),
-    "full, said to be a delta": (full_as_a_delta, VERIFICATION),
-    "delta, said to be full": (delta_as_full, VERIFICATION),
     "wrong base": (wrong_base, CONFLICT),
     "old version, other tensors": (old_version, CONFLICT),
     "version not above its base": (version_not_above_base, CONFLICT),

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.bad_push_run import run_bad_pushes
-from tests.chaos.bad_pushes import KINDS
+from tests.chaos.bad_push_run import ALL_KINDS, run_bad_pushes
 from tests.support.proof import IS_LONG
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -23,5 +22,5 @@ async def test_no_damaged_push_is_ever_served(tmp_path: Path) -> None:
     counts = await run_bad_pushes(tmp_path, ROUNDS)
     assert counts.otherwise == []
     assert counts.refused == counts.sent
-    assert counts.refused.total() == ROUNDS * len(KINDS)
+    assert counts.refused.total() == ROUNDS * len(ALL_KINDS)
     assert (counts.good, counts.wrong_version_samples, counts.leftovers) == (ROUNDS, 0, 0)

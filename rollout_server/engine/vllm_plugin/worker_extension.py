@@ -161,10 +161,13 @@ def rebuild_drafter(
     touched = None if changed is None else touched_modules(target, changed, tensor_names(path))
     if proposer.device.type == "cuda" and not unreadable_layers(proposer.model, target):
         pack_from_target(proposer.model, target, None if touched is None else touched.module_names)
-    elif touched is None:
+    elif touched is None or changed is None:
         requantize(proposer.model, iterate_safetensors(path))
     else:
-        requantize_changed(proposer.model, dict(iterate_safetensors(path, touched.tensor_names)))
+        methods = draft_linear_methods(proposer.model).values()
+        takes_shards = all(method.takes_single_shards() for method in methods)
+        names = frozenset(changed) if takes_shards else touched.tensor_names
+        requantize_changed(proposer.model, dict(iterate_safetensors(path, names)))
 
 
 def repack_tied_lm_head(model: Any) -> None:
