@@ -141,8 +141,8 @@ def weights_table(document: dict[str, Any]) -> str:
             f"{result['pause_ratio']:.1f} times as long. Verification is "
             f"{result['verify_share']:.0%} of it; a second engine on the host makes it "
             f"{result['two_engines_ratio']:.2f} times as long. Where one element in a hundred "
-            f"of every tensor changed, a push takes {result['delta_time_ratio']:.2f} of the time and "
-            f"{result['delta_bytes_ratio']:.1%} of the bytes. Medians of {result['repeats']} "
+            f"of every tensor changed, a push takes {result['delta_time_ratio']:.2f} of the time "
+            f"and {result['delta_bytes_ratio']:.1%} of the bytes. Medians of {result['repeats']} "
             "alternating repeats; every engine has one core and runs a sequence all the while. "
             + _circumstances(document["circumstances"]),
         ]
