@@ -19,7 +19,7 @@ from shared.errors import (
 )
 from shared.schemas.weights import PublishRequest, PublishResponse
 from shared.segment_writer import TensorSpec
-from shared.types import PushPhase
+from shared.types import PushPhase, SegmentEncoding
 from shared.weights import SegmentKind, segment_name
 from tests.fakes.weight_push import PushWorld, StartWorld, worlds
 
@@ -61,6 +61,9 @@ async def test_a_delta_is_served_as_a_full_push_would_be(start: StartWorld) -> N
     assert (response.version, response.num_bytes) == (2, 8)
     assert response.segment == it.coordinator.status().committed_segment == it.server_files(2)[0]
     assert it.files() == it.server_files(2)
+    snapshot = it.coordinator.snapshot()
+    assert snapshot is not None
+    assert snapshot.manifest.encoding is SegmentEncoding.FULL
     # The next one builds on the file that the server made.
     await push_delta(it, delta_request(it, 3, 2, (7.0, 5.0)))
     assert it.first.loaded == [7.0, 5.0]

@@ -243,6 +243,23 @@ def test_tensors_that_no_manifest_has_are_refused(
         apply(tmp_path, base, manifest)
 
 
+@pytest.mark.parametrize(("extra", "text"), [(4, "4 bytes too long"), (-4, "4 bytes too short")])
+def test_pieces_that_are_not_those_of_the_tensor_are_refused(
+    tmp_path: Path, pushed: tuple[Path, WeightManifest, WeightManifest], extra: int, text: str
+) -> None:
+    directory, base, manifest = pushed
+    (tmp_path / BASE).write_bytes((directory / BASE).read_bytes())
+    raw = (directory / DELTA).read_bytes()
+    entries = {
+        name: (raw[span.start : span.end] + bytes(4))[: span.num_bytes + extra]
+        for name, span in read_header(directory / DELTA).items()
+    }
+    sources = [(name, "U8", (len(data),), data) for name, data in entries.items()]
+    write_safetensors(tmp_path / DELTA, sources)
+    with pytest.raises(WeightVerificationError, match=text):
+        apply(tmp_path, base, manifest)
+
+
 def test_work_that_nobody_waits_for_ends_and_leaves_nothing(
     pushed: tuple[Path, WeightManifest, WeightManifest],
 ) -> None:
