@@ -29,12 +29,17 @@ WEIGHTS_AT_A_TIME = {"cpu": 1 << 16, "cuda": 1 << 25}
 rebuild. Kernel launches are dear on CUDA."""
 
 
+def rows_at_a_time(weight_NK: torch.Tensor) -> int:
+    """Rows whose intermediate results stay small (and, on the CPU, in its cache)."""
+    weights = WEIGHTS_AT_A_TIME.get(weight_NK.device.type, 1 << 25)
+    return max(weights // max(weight_NK.shape[1], 1), 1)
+
+
 def _by_rows(
     weight_NK: torch.Tensor, quantize: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
 ) -> tuple[torch.Tensor, ...]:
     """``quantize(weight_NK)``, some rows at a time; its results have a row for each row."""
-    num_rows, num_columns = weight_NK.shape
-    step = max(WEIGHTS_AT_A_TIME.get(weight_NK.device.type, 1 << 25) // max(num_columns, 1), 1)
+    num_rows, step = len(weight_NK), rows_at_a_time(weight_NK)
     if num_rows <= step:
         return quantize(weight_NK)
     whole: tuple[torch.Tensor, ...] = ()

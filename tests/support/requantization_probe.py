@@ -31,6 +31,11 @@ RESET_PEAK = "5"
 class RequantizationProbe(SlipstreamWorkerExtension):
     """All names carry the ``probe_`` prefix."""
 
+    def probe_collect_layers(self) -> None:
+        """From now on layers are collected before they are packed, as if split between ranks."""
+        for method in draft_linear_methods(drafter()).values():
+            method._is_whole_layer = False
+
     def probe_digests(self) -> dict[str, str]:
         """Layer name to digest."""
         return {

@@ -27,7 +27,6 @@ from rollout_server.drafter.kernels.int4_rows import Int4RowsMatmul
 from rollout_server.drafter.kernels.int8 import CudaInt8Matmul, OnednnInt8Matmul
 from rollout_server.drafter.kernels.int8_rows import Int8RowsMatmul, takes_int8_rows
 from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan
-from rollout_server.drafter.schemes import quantize_fp8_per_channel
 from shared.types import DrafterScheme
 
 INT4_GROUP_SIZES = (128, 64, 32)
@@ -106,7 +105,7 @@ def _int4_in_groups(
 
 def _fp8(shape: LayerShape, device_type: str) -> AnyDraftKernel:
     matmul_class = CutlassFp8Matmul if has_fast_fp8(device_type) else PlainFp8Matmul
-    return DraftKernel(quantize=quantize_fp8_per_channel, matmul=matmul_class(shape))
+    return RowsKernel(matmul=matmul_class(shape))
 
 
 def slow_scheme_warning(scheme: DrafterScheme, device_type: str) -> str | None:

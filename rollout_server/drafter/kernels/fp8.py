@@ -11,7 +11,12 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import cutlass_fp8_supported
 
 from rollout_server.drafter.kernels.channel_buffers import ChannelBuffers
-from rollout_server.drafter.schemes import FP8_DTYPE, FP8_MAX
+from rollout_server.drafter.schemes import (
+    FP8_DTYPE,
+    FP8_MAX,
+    quantize_fp8_per_channel,
+    rows_at_a_time,
+)
 
 
 def has_fast_fp8(device_type: str) -> bool:
@@ -19,7 +24,24 @@ def has_fast_fp8(device_type: str) -> bool:
     return device_type == "cuda" and bool(cutlass_fp8_supported())
 
 
-class CutlassFp8Matmul(ChannelBuffers):
+class Fp8Rows(ChannelBuffers):
+    """Quantizes rows straight into the packed weight: no channel's scale depends on another."""
+
+    row_multiple = 1
+
+    def pack_rows(self, weight_RK: torch.Tensor, first_row: int) -> None:
+        """Some rows at a time, whatever the size of the layer."""
+        values_KN, scales_N1 = self.buffers(FP8_DTYPE, weight_RK.device)
+        values_NK = values_KN.t()
+        num_rows = rows_at_a_time(weight_RK)
+        for start in range(0, len(weight_RK), num_rows):
+            piece = quantize_fp8_per_channel(weight_RK[start : start + num_rows])
+            rows = slice(first_row + start, first_row + start + len(piece.scales_N1))
+            values_NK[rows].copy_(piece.values_NK)
+            scales_N1[rows].copy_(piece.scales_N1)
+
+
+class CutlassFp8Matmul(Fp8Rows):
     """Activations rounded to e4m3 per token, multiplied by CUTLASS."""
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -32,7 +54,7 @@ class CutlassFp8Matmul(ChannelBuffers):
         return out.to(x.dtype).view(*x.shape[:-1], self._shape.num_outputs)
 
 
-class PlainFp8Matmul(ChannelBuffers):
+class PlainFp8Matmul(Fp8Rows):
     """The same arithmetic without a float8 kernel: the weight is widened at every call.
 
     It saves memory and costs time: a 2048 x 8192 layer takes about 90 ms at batch 1 on two cores
