@@ -149,7 +149,7 @@ def test_a_second_pack_is_used_in_the_buffers_of_the_first(name: str) -> None:
 
 
 WITH_AMX_BYTES = 9 if torch.cpu._is_amx_tile_supported() else None
-"""Of a group: there vLLM's kernel keeps a scale in float32, a zero point and a compensation term."""
+"""Of a group: there vLLM keeps a scale in float32, a zero point and a compensation term."""
 
 
 @pytest.mark.parametrize(
