@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -12,12 +12,13 @@ from time import monotonic
 import torch
 
 from shared.config.weights import WeightsConfig
-from shared.errors import SlipstreamError, WeightTransferError
+from shared.errors import WeightTransferError
 from shared.schemas.weights import PublishRequest, PublishResponse, WeightManifest
 from shared.segment_writer import TensorBuffer, TensorSpec, write_segment
 from shared.types import TransportKind
 from shared.weights import segment_name, sweep_stale_segments
 from trainer.policy import Policy
+from trainer.push_retries import send_push
 from trainer.rollout_client import RolloutClient
 
 LOGGER = logging.getLogger(__name__)
@@ -51,9 +52,24 @@ class PushReport:
 class Publisher:
     """Writes, announces and removes weight segments. Versions only go up."""
 
-    def __init__(self, client: RolloutClient, config: WeightsConfig) -> None:
+    def __init__(
+        self,
+        client: RolloutClient,
+        config: WeightsConfig,
+        *,
+        announce: Callable[[int, int], None] = lambda version, base_version: None,
+        max_retries: int = 0,
+    ) -> None:
+        """
+        Args:
+            announce: notes version and base version before the server hears of them
+                (``VersionRecord.announce``).
+            max_retries: of a push that the server took back (``trainer.push_retries``).
+        """
         self._client = client
         self._config = config
+        self._announce = announce
+        self._max_retries = max_retries
         self._directory = config.directory
         for name in sweep_stale_segments(self._directory):
             LOGGER.info("removed the weight segment %s of a process that is gone", name)
@@ -63,7 +79,7 @@ class Publisher:
 
         Raises:
             WeightTransferError: the version does not go up, or the segment cannot be written.
-            SlipstreamError: the server refused or lost the push; the old version still serves.
+            SlipstreamError: see ``push_retries.send_push``.
         """
         if version <= base_version:
             raise WeightTransferError(
@@ -84,20 +100,17 @@ class Publisher:
             response = self._send(request)
         finally:
             path.unlink(missing_ok=True)
-        paused_s = 0.0
-        if response is not None:
-            paused_s = max((timings.paused_s for timings in response.engines), default=0.0)
-            if response.engines_removed:
-                LOGGER.warning(
-                    "version %d: engines %s failed inside the commit and were taken out",
-                    version,
-                    ", ".join(response.engines_removed),
-                )
+        if response.engines_removed:
+            LOGGER.warning(
+                "version %d: engines %s failed inside the commit and were taken out",
+                version,
+                ", ".join(response.engines_removed),
+            )
         return PushReport(
             version=version,
             num_bytes=sum(entry.num_bytes for entry in manifest.tensors),
             push_s=monotonic() - started_s,
-            paused_s=paused_s,
+            paused_s=max((timings.paused_s for timings in response.engines), default=0.0),
         )
 
     def _write(self, path: Path, policy: Policy) -> WeightManifest:
@@ -116,14 +129,11 @@ class Publisher:
         is_durable = self._config.transport is TransportKind.FILESYSTEM
         return write_segment(path, specs, produce, is_durable=is_durable)
 
-    def _send(self, request: PublishRequest) -> PublishResponse | None:
-        """The server's answer; None when it got lost but the version is committed all the same."""
-        try:
-            return self._client.publish(request)
-        except SlipstreamError:
-            # A repeated push whose first answer was lost is refused as a conflict; only the
-            # committed version tells whether it arrived.
-            if self._client.weights().committed_version != request.version:
-                raise
-            LOGGER.warning("version %d was committed, its answer was lost", request.version)
-            return None
+    def _send(self, request: PublishRequest) -> PublishResponse:
+        self._announce(request.version, request.base_version)
+        return send_push(
+            self._client,
+            request,
+            max_retries=self._max_retries,
+            answer_timeout_s=self._config.longest_answer_s,
+        )

@@ -92,6 +92,7 @@ class WeightCoordinator:
         """Body of ``GET /v1/weights``."""
         return WeightsResponse(
             committed_version=self.committed_version,
+            last_version_used=max(self._last_version_used, self.committed_version),
             push=self._push_status(),
             engines=[
                 # A commit sets both versions or poisons the engine, so they cannot differ here.

@@ -129,6 +129,8 @@ class WeightsResponse(WireModel):
     """Answer of ``GET /v1/weights``."""
 
     committed_version: int
+    last_version_used: int = 0
+    """Above ``committed_version`` where committed weights were lost: pushes start above it."""
     push: PushStatus | None = None
     """The latest push, running or ended; null before the first."""
     engines: list[EngineVersions]
