@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,37 @@ class Checkpoint:
     state: TrainerState
 
 
+class CheckpointDraft:
+    """A checkpoint but for its state: nobody finds it before it is completed."""
+
+    def __init__(self, partial: Path, final: Path, prune: Callable[[], None]) -> None:
+        self._partial = partial
+        self._final = final
+        self._prune = prune
+
+    def complete(self, state: TrainerState) -> Path:
+        """Make it the checkpoint of its step, then prune old ones.
+
+        Raises:
+            SlipstreamError: the disk does not take it.
+        """
+        try:
+            (self._partial / _STATE_FILE).write_text(state.model_dump_json(indent=2))
+            _sync([self._partial / _STATE_FILE, self._partial])
+            if self._final.exists():  # the same step again, after a resume from an earlier one
+                shutil.rmtree(self._final)
+            os.replace(self._partial, self._final)
+        except OSError as exc:
+            self.discard()
+            raise SlipstreamError(f"checkpoint {self._final} cannot be written: {exc}") from exc
+        self._prune()
+        return self._final
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+
 class CheckpointStore:
     """Saves, finds and prunes the checkpoints of one run."""
 
@@ -67,7 +99,17 @@ class CheckpointStore:
         Raises:
             SlipstreamError: the disk does not take it.
         """
-        final = self._directory / f"step-{state.step:06d}"
+        return self.draft(state.step, policy, optimization, tokenizer).complete(state)
+
+    def draft(
+        self, step: int, policy: Policy, optimization: Optimization, tokenizer: Any
+    ) -> CheckpointDraft:
+        """Write what is large. Only reads, so a push of the same weights may run meanwhile.
+
+        Raises:
+            SlipstreamError: the disk does not take it.
+        """
+        final = self._directory / f"step-{step:06d}"
         partial = self._directory / f".partial-{final.name}-{os.getpid()}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -76,16 +118,11 @@ class CheckpointStore:
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             save_file(optimization.state_tensors() | _rng_tensors(), partial / _OPTIMIZER_FILE)
-            (partial / _STATE_FILE).write_text(state.model_dump_json(indent=2))
-            _sync_files(partial)
-            if final.exists():  # the same step again, after a resume from an earlier one
-                shutil.rmtree(final)
-            os.replace(partial, final)
+            _sync(partial.iterdir())
         except OSError as exc:
             shutil.rmtree(partial, ignore_errors=True)
             raise SlipstreamError(f"checkpoint {final} cannot be written: {exc}") from exc
-        self._prune()
-        return final
+        return CheckpointDraft(partial, final, self._prune)
 
     def latest(self) -> Checkpoint | None:
         """The checkpoint of the highest step, or None.
@@ -145,8 +182,8 @@ def _rng_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _sync_files(directory: Path) -> None:
-    for path in [*directory.iterdir(), directory]:
+def _sync(paths: Iterable[Path]) -> None:
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -1,8 +1,9 @@
 """The synchronous training loop: rollouts, update, push, again. Runs in the trainer actor.
 
 Waits for the server only (rollouts, pushes), each wait bounded by ``trainer.api_timeout_s``. A stop
-takes effect between groups and between phases: after an update the push is always made, so that
-what is served and what is checkpointed are the same policy.
+takes effect between groups and between phases: after an update the push is always tried, so that
+what is served and what is checkpointed are the same policy. A checkpoint that is due is written
+while the push runs and becomes valid after it, with the version the server has then.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import monotonic
+from functools import partial
 from typing import Any
 
 from shared.clock import SystemClock
 from shared.config.run import RunConfig
-from shared.errors import SlipstreamError
+from shared.errors import SlipstreamError, UnavailableError
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest
 from trainer.advantages import with_advantages
-from trainer.checkpoint import CheckpointStore, TrainerState
+from trainer.background_push import BackgroundPush
+from trainer.checkpoint import CheckpointStore
+from trainer.checkpointing import Checkpointing
 from trainer.collection import Collected, collect, evaluation_request, training_request
 from trainer.evaluation import evaluate_groups
 from trainer.optimization import Optimization
@@ -67,7 +70,9 @@ class TrainingLoop:
         self._step = completed_steps
         self._version = weight_version
         self._active_request_id: str | None = None
-        self._checkpointed_step: int | None = None
+        self._checkpoints = Checkpointing(
+            parts.checkpoints, parts.policy, parts.optimization, parts.tokenizer, config
+        )
 
     def abort_rollouts(self) -> None:
         """End the rollouts being waited for, if any. Called from another thread, after a stop."""
@@ -85,6 +90,12 @@ class TrainingLoop:
         Raises:
             SlipstreamError: the server refused a request or a push, or stayed away too long.
         """
+        try:
+            return self._run()
+        finally:
+            self._checkpoints.discard()
+
+    def _run(self) -> TrainerPhase:
         trainer, board = self._config.trainer, self._parts.board
         board.completed(self._step, self._version)
         if self._step == 0 and not self._parts.stop.is_set():
@@ -100,8 +111,7 @@ class TrainingLoop:
         while self._step < trainer.num_steps and not self._parts.stop.is_set():
             if not self._run_step():
                 break
-            every = trainer.checkpoint_every
-            if every and self._step % every == 0:
+            if self._checkpoints.is_due(self._step):
                 self._checkpoint()
         self._checkpoint()
         stopped = self._step < trainer.num_steps
@@ -132,7 +142,7 @@ class TrainingLoop:
                     weight_version=self._version,
                     seed=f"{self._config.seed}/{step}",
                 )
-            push = self._publish(step)
+            push = self._push(step)
         else:
             LOGGER.warning(
                 "step %d: no group has both better and worse samples; the policy stays as it is",
@@ -186,13 +196,27 @@ class TrainingLoop:
         finally:
             self._active_request_id = None
 
-    def _publish(self, step: int) -> PushReport:
+    def _push(self, step: int) -> PushReport | None:
+        """Push the new weights; None when a stop came while the server was away."""
         parts = self._parts
         parts.board.enter(TrainerPhase.PUSH)
-        with parts.recorder.span("push", step):
-            report = parts.publisher.publish(
-                parts.policy, version=self._version + 1, base_version=self._version
-            )
+        publish = partial(
+            parts.publisher.publish,
+            parts.policy,
+            version=self._version + 1,
+            base_version=self._version,
+        )
+        with parts.recorder.span("push", step), BackgroundPush(publish) as push:
+            if self._checkpoints.is_due(step):
+                self._checkpoints.begin(step)
+            try:
+                report = push.wait()
+            except UnavailableError as exc:
+                if not parts.stop.is_set():
+                    raise
+                # Whether it arrived does not matter: a resumed run pushes above what is committed.
+                LOGGER.warning("stopped before version %d was answered: %s", self._version + 1, exc)
+                return None
         self._version = report.version
         return report
 
@@ -262,17 +286,5 @@ class TrainingLoop:
             return {}
 
     def _checkpoint(self) -> None:
-        if self._checkpointed_step == self._step:
-            return
-        started_s = monotonic()
-        parts = self._parts
-        parts.board.enter(TrainerPhase.CHECKPOINT)
-        state = TrainerState(
-            step=self._step,
-            weight_version=self._version,
-            num_updates=parts.optimization.num_updates,
-            seed=self._config.seed,
-        )
-        path = parts.checkpoints.save(state, parts.policy, parts.optimization, parts.tokenizer)
-        self._checkpointed_step = self._step
-        LOGGER.info("checkpoint %s in %.1f s", path, monotonic() - started_s)
+        self._parts.board.enter(TrainerPhase.CHECKPOINT)
+        self._checkpoints.finish(self._step, self._version)

@@ -5,17 +5,19 @@ Shape legend: B sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared.config.engine import ModelConfig
 from shared.errors import ConfigurationError
 from trainer.batching import MicroBatch
+from trainer.gathering import ShardGroup, rounded_pieces
 
 _DTYPES = {
     "float32": torch.float32,
@@ -35,8 +37,20 @@ class TokenScores:
 class Policy:
     """Scores tokens and hands out its weights. Owns the model; the optimizer is elsewhere."""
 
-    def __init__(self, model: Any, *, served_dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        served_dtype: torch.dtype,
+        device: torch.device,
+        shards: ShardGroup | None = None,
+    ) -> None:
+        """
+        Args:
+            shards: the ranks of a model under ``fully_shard``; None where there is one rank.
+        """
         self.model = model.to(device)
+        self.shards = shards
         self.served_dtype = served_dtype
         self.device = device
 
@@ -120,7 +134,13 @@ class Policy:
         that are not saved with the model (rotary tables) stay out.
         """
         seen: set[int] = set()
+        aliases = _tied_names(self.model)
         for name, tensor in self.model.state_dict().items():
+            if isinstance(tensor, DTensor):
+                # A shard tells nothing by its address: on some ranks it may be empty.
+                if name not in aliases:
+                    yield name, tensor.detach()
+                continue
             if tensor.data_ptr() in seen and tensor.numel() > 0:
                 continue
             seen.add(tensor.data_ptr())
@@ -133,11 +153,25 @@ class Policy:
     def served_pieces(self, tensor: torch.Tensor, piece_bytes: int) -> Iterator[torch.Tensor]:
         """The tensor in the served dtype and on the CPU, flat, at most ``piece_bytes`` at a time.
 
-        So that publishing never holds a second copy of the model, nor of a large embedding.
+        So that publishing never holds a second copy of the model, nor of a large embedding. What
+        is sharded comes from the other ranks, inside ``push_together``.
         """
-        dtype = self.dtype_served(tensor)
-        for piece in tensor.reshape(-1).split(max(piece_bytes // dtype.itemsize, 1)):
-            yield piece.to(device="cpu", dtype=dtype)
+        if isinstance(tensor, DTensor):
+            if self.shards is None:
+                raise ValueError("a sharded model needs a ShardGroup (Policy.shards)")
+            return self.shards.pieces(tensor, piece_bytes)
+        return rounded_pieces(tensor, self.dtype_served(tensor), piece_bytes)
+
+    def push_together(self, publish: Callable[[], int]) -> int:
+        """The version that ``publish`` gives; with shards called by all ranks and run by the first.
+
+        Raises:
+            SlipstreamError: what ``publish`` raises, on every rank; or a rank went away.
+        """
+        if self.shards is None:
+            return publish()
+        tensors = [(tensor, self.dtype_served(tensor)) for _, tensor in self.served_tensors()]
+        return self.shards.push(tensors, publish)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -166,3 +200,13 @@ def _served_dtype(config: ModelConfig) -> torch.dtype:
 
 def _pad_left(values_BT: torch.Tensor, count: int) -> torch.Tensor:
     return torch.nn.functional.pad(values_BT, (count, 0))
+
+
+def _tied_names(model: torch.nn.Module) -> set[str]:
+    """Names of parameters that have another name before."""
+    first: dict[int, str] = {}
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if first.setdefault(id(parameter), name) != name
+    }

@@ -13,12 +13,13 @@ import torch
 
 from shared.config.weights import WeightsConfig
 from shared.delta_writer import write_delta
-from shared.errors import ConflictError, RequestError, SlipstreamError, WeightTransferError
+from shared.errors import ConflictError, RequestError, WeightTransferError
 from shared.schemas.weights import PublishRequest, PublishResponse, WeightManifest
 from shared.segment_writer import TensorBuffer, TensorSpec, write_segment
 from shared.types import DeltaMode, SegmentEncoding, TransportKind
 from shared.weights import segment_name, sweep_stale_segments
 from trainer.policy import Policy
+from trainer.push_retries import send_push
 from trainer.rollout_client import RolloutClient
 
 LOGGER = logging.getLogger(__name__)
@@ -66,9 +67,24 @@ class _Base:
 class Publisher:
     """Writes, announces and removes weight segments. Versions only go up."""
 
-    def __init__(self, client: RolloutClient, config: WeightsConfig) -> None:
+    def __init__(
+        self,
+        client: RolloutClient,
+        config: WeightsConfig,
+        *,
+        announce: Callable[[int, int], None] = lambda version, base_version: None,
+        max_retries: int = 0,
+    ) -> None:
+        """
+        Args:
+            announce: notes version and base version before the server hears of them
+                (``VersionRecord.announce``).
+            max_retries: of a push that the server took back (``trainer.push_retries``).
+        """
         self._client = client
         self._config = config
+        self._announce = announce
+        self._max_retries = max_retries
         self._directory = config.directory
         self._base: _Base | None = None
         for name in sweep_stale_segments(self._directory):
@@ -79,7 +95,7 @@ class Publisher:
 
         Raises:
             WeightTransferError: the version does not go up, or the segment cannot be written.
-            SlipstreamError: the server refused or lost the push; the old version still serves.
+            SlipstreamError: see ``push_retries.send_push``.
         """
         if version <= base_version:
             raise WeightTransferError(
@@ -108,23 +124,20 @@ class Publisher:
         finally:
             path.unlink(missing_ok=True)
         self._base = None
-        if response is not None and response.segment is not None:
+        if response.segment is not None:
             self._base = _Base(version=version, path=self._directory / response.segment)
-        paused_s = 0.0
-        if response is not None:
-            paused_s = max((timings.paused_s for timings in response.engines), default=0.0)
-            if response.engines_removed:
-                LOGGER.warning(
-                    "version %d: engines %s failed inside the commit and were taken out",
-                    version,
-                    ", ".join(response.engines_removed),
-                )
+        if response.engines_removed:
+            LOGGER.warning(
+                "version %d: engines %s failed inside the commit and were taken out",
+                version,
+                ", ".join(response.engines_removed),
+            )
         return PushReport(
             version=version,
             num_bytes=sum(entry.num_bytes for entry in request.manifest.tensors),
             sent_bytes=sent_bytes,
             push_s=monotonic() - started_s,
-            paused_s=paused_s,
+            paused_s=max((timings.paused_s for timings in response.engines), default=0.0),
         )
 
     def _write(
@@ -180,14 +193,11 @@ class Publisher:
     def _is_durable(self) -> bool:
         return self._config.transport is TransportKind.FILESYSTEM
 
-    def _send(self, request: PublishRequest) -> PublishResponse | None:
-        """The server's answer; None when it got lost but the version is committed all the same."""
-        try:
-            return self._client.publish(request)
-        except SlipstreamError:
-            # A repeated push whose first answer was lost is refused as a conflict; only the
-            # committed version tells whether it arrived.
-            if self._client.weights().committed_version != request.version:
-                raise
-            LOGGER.warning("version %d was committed, its answer was lost", request.version)
-            return None
+    def _send(self, request: PublishRequest) -> PublishResponse:
+        self._announce(request.version, request.base_version)
+        return send_push(
+            self._client,
+            request,
+            max_retries=self._max_retries,
+            answer_timeout_s=self._config.longest_answer_s,
+        )

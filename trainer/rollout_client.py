@@ -8,6 +8,7 @@ another. Any other 4xx or 5xx is raised at once: it would fail again.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic, sleep
@@ -65,12 +66,7 @@ class RolloutClient:
         self._http = httpx.Client(
             base_url=self.url,
             transport=transport,
-            timeout=httpx.Timeout(
-                connect=min(CONNECT_TIMEOUT_S, timeout_s),
-                read=timeout_s,
-                write=min(WRITE_TIMEOUT_S, timeout_s),
-                pool=min(POOL_TIMEOUT_S, timeout_s),
-            ),
+            timeout=self._timeout(timeout_s),
         )
 
     def __enter__(self) -> Self:
@@ -116,25 +112,33 @@ class RolloutClient:
             if response.status_code >= 400 and response.status_code != httpx.codes.NOT_FOUND:
                 raise error_from_response(response)
 
-    def publish(self, request: PublishRequest) -> PublishResponse:
-        """Push a version; returns when every serving engine has it."""
+    def publish(
+        self, request: PublishRequest, *, answer_timeout_s: float = math.inf
+    ) -> PublishResponse:
+        """Push a version; returns when every serving engine has it.
+
+        Args:
+            answer_timeout_s: after so long without an answer the same push is sent again, which
+                finds the first one running or committed.
+        """
         body = request.model_dump_json().encode()
+        timeout = self._timeout(min(answer_timeout_s, self._timeout_s))
         return self._with_retries(
             f"push of version {request.version}",
-            lambda: self._send("POST", "/v1/weights", PublishResponse, body=body),
+            lambda: self._send("POST", "/v1/weights", PublishResponse, body=body, timeout=timeout),
         )
 
     def weights(self) -> WeightsResponse:
         """Which version is committed."""
         return self._with_retries(
             "weight status",
-            lambda: self._send("GET", "/v1/weights", WeightsResponse, timeout_s=STATUS_TIMEOUT_S),
+            lambda: self._send("GET", "/v1/weights", WeightsResponse, timeout=STATUS_TIMEOUT_S),
         )
 
     def speculation(self, since_step: int) -> SpeculationResponse:
         """Decisions of every engine after ``since_step``. One attempt: pollers come again."""
         path = f"/v1/speculation?since_step={since_step}"
-        return self._send("GET", path, SpeculationResponse, timeout_s=STATUS_TIMEOUT_S)
+        return self._send("GET", path, SpeculationResponse, timeout=STATUS_TIMEOUT_S)
 
     def wait_until_ready(self) -> None:
         """Return when ``/readyz`` answers 200."""
@@ -177,7 +181,7 @@ class RolloutClient:
         response_model: type[_Response],
         *,
         body: bytes | None = None,
-        timeout_s: float | None = None,
+        timeout: httpx.Timeout | float,
     ) -> _Response:
         with _mapped(self.url, f"{method} {path}"):
             response = self._http.request(
@@ -185,11 +189,19 @@ class RolloutClient:
                 path,
                 content=body,
                 headers=_JSON_HEADERS,
-                timeout=httpx.USE_CLIENT_DEFAULT if timeout_s is None else timeout_s,
+                timeout=timeout,
             )
             if response.status_code >= 400:
                 raise error_from_response(response)
             return response_model.model_validate_json(response.content)
+
+    def _timeout(self, read_s: float) -> httpx.Timeout:
+        return httpx.Timeout(
+            connect=min(CONNECT_TIMEOUT_S, self._timeout_s),
+            read=read_s,
+            write=min(WRITE_TIMEOUT_S, self._timeout_s),
+            pool=min(POOL_TIMEOUT_S, self._timeout_s),
+        )
 
     def _with_retries(self, what: str, call: Callable[[], _Result]) -> _Result:
         attempts = _Attempts(self, what)

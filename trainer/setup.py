@@ -24,10 +24,12 @@ from trainer.rollout_client import RolloutClient
 from trainer.speculation_log import SpeculationLog
 from trainer.status import StatusBoard
 from trainer.tasks import build_task
+from trainer.versions import VersionRecord, agree_on_version
 
 LOGGER = logging.getLogger(__name__)
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
+VERSION_FILE = "announced_version.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +72,17 @@ def build_trainer(
     policy, tokenizer, optimization = _build_policy(config, checkpoint)
     client = RolloutClient(options.server_url, timeout_s=options.api_timeout_s, pause=stop.wait)
     client.wait_until_ready()
-    publisher = Publisher(client, config.weights)
-    version = _agree_on_version(client, publisher, policy, checkpoint)
+    record = VersionRecord(config.run_dir / VERSION_FILE)
+    publisher = Publisher(
+        client, config.weights, announce=record.announce, max_retries=options.push_retries
+    )
+    version = agree_on_version(
+        client,
+        publisher,
+        policy,
+        record,
+        checkpointed=checkpoint.state.weight_version if checkpoint else None,
+    )
     speculation = SpeculationLog(client, recorder)
     loop = TrainingLoop(
         LoopParts(
@@ -111,25 +122,3 @@ def _build_policy(
         restore(checkpoint, optimization)
         LOGGER.info("resumed %s at step %d", checkpoint.path, checkpoint.state.step)
     return policy, tokenizer, optimization
-
-
-def _agree_on_version(
-    client: RolloutClient,
-    publisher: Publisher,
-    policy: Policy,
-    checkpoint: Checkpoint | None,
-) -> int:
-    """The version that both sides have.
-
-    A server at version 0 serves ``model.path``, which is what a fresh trainer has. In any other
-    case its weights may be anything, and the trainer pushes its own over them.
-    """
-    committed = client.weights().committed_version
-    if checkpoint is None and committed == 0:
-        return 0
-    last_known = checkpoint.state.weight_version if checkpoint else 0
-    report = publisher.publish(
-        policy, version=max(committed, last_known) + 1, base_version=committed
-    )
-    LOGGER.info("pushed own weights as version %d over version %d", report.version, committed)
-    return report.version

@@ -93,6 +93,7 @@ class WeightCoordinator:
         return WeightsResponse(
             committed_version=self.committed_version,
             committed_segment=self._committed_segment(),
+            last_version_used=max(self._last_version_used, self.committed_version),
             push=self._push_status(),
             engines=[
                 # A commit sets both versions or poisons the engine, so they cannot differ here.

@@ -10,13 +10,25 @@ from typing import Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from shared.errors import ConflictError, RequestError, SlipstreamError, UnavailableError
+from shared.errors import (
+    ConflictError,
+    RequestError,
+    SlipstreamError,
+    UnavailableError,
+    WeightCommitError,
+    WeightTransferError,
+)
 from shared.schemas.base import ErrorResponse
 from shared.schemas.rollouts import RolloutRequest, StreamLine
 
 ResponseModel = TypeVar("ResponseModel", bound=BaseModel)
 
 CONNECT_TIMEOUT_S = 5.0
+
+_ERRORS: dict[str, type[SlipstreamError]] = {
+    kind.code: kind for kind in (ConflictError, WeightTransferError, WeightCommitError)
+}
+"""Errors that callers tell apart."""
 
 
 class ApiClient:
@@ -127,17 +139,16 @@ def error_from_response(response: httpx.Response) -> SlipstreamError:
     try:
         error = ErrorResponse.model_validate_json(response.content).error
         message, param = f"{error.message} ({response.status_code} {error.code})", error.param
+        code = error.code
     except ValidationError:
-        message, param = f"HTTP {response.status_code}: {response.text[:500]}", None
+        message, param, code = f"HTTP {response.status_code}: {response.text[:500]}", None, ""
     if response.status_code in (429, 503):
         unavailable = UnavailableError(message, param)
         unavailable.retry_after_s = parse_retry_after(response.headers.get("retry-after"))
         return unavailable
-    if response.status_code == ConflictError.status:
-        return ConflictError(message, param)
-    if response.status_code < 500:
-        return RequestError(message, param)
-    return SlipstreamError(message, param)
+    is_callers_fault = response.status_code < 500
+    kind = _ERRORS.get(code, RequestError if is_callers_fault else SlipstreamError)
+    return kind(message, param)
 
 
 def parse_retry_after(text: str | None) -> float:

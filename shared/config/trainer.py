@@ -86,6 +86,9 @@ class TrainerConfig(SettingsModel):
     server_url: str | None = None
     """Rollout server; filled in by ``slipstream run``."""
     api_timeout_s: float = Field(default=1800.0, gt=0)
+    push_retries: int = Field(default=1, ge=0)
+    """Of a push that the server took back because engines failed in it. An accident does not repeat
+    itself, and each attempt may cost engines, which are started again."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     num_threads: int = Field(default=0, ge=0)
     """Torch threads of the trainer; 0 leaves torch's default."""

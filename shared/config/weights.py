@@ -59,6 +59,11 @@ class WeightsConfig(SettingsModel):
         load_s = self.pause_timeout_s + self.commit_timeout_s
         return 3 * self.stage_timeout_s + 2 * load_s + self.commit_timeout_s
 
+    @property
+    def longest_answer_s(self) -> float:
+        """A push that waits for another one first."""
+        return self.lock_timeout_s + self.longest_push_s
+
     @model_validator(mode="after")
     def filesystem_needs_a_directory(self) -> Self:
         if self.transport is TransportKind.FILESYSTEM and self.filesystem_dir is None:

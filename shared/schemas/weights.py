@@ -138,6 +138,8 @@ class WeightsResponse(WireModel):
     committed_segment: str | None = None
     """The server's own file of that version, as in the answer of its push; null where there was no
     push, or the file lies elsewhere."""
+    last_version_used: int = 0
+    """Above ``committed_version`` where committed weights were lost: pushes start above it."""
     push: PushStatus | None = None
     """The latest push, running or ended; null before the first."""
     engines: list[EngineVersions]

@@ -11,7 +11,7 @@ import json
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -64,6 +64,9 @@ class PolicyServer:
         self.hold.set()
         self.first_group_sent = threading.Event()
         self.refuse_push: tuple[int, str] | None = None
+        self.before_commit: Callable[[PublishRequest], None] = lambda push: None
+        self.after_commit: Callable[[PublishRequest], None] = lambda push: None
+        """Before its answer. Either may raise ``ConnectionError``: then there is no answer."""
         self._lock = threading.Lock()
         self._num_polls = 0
 
@@ -236,8 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.state.refuse_push is not None:
                 self._error(*self.state.refuse_push)
                 return
-            response = self.state.publish(PublishRequest.model_validate_json(raw))
-            self._json(response.model_dump(mode="json"))
+            self._push(PublishRequest.model_validate_json(raw))
             return
         request = RolloutRequest.model_validate_json(raw)
         self.state.requests.append(request)
@@ -256,6 +258,16 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self._line(StreamLine(type="done", request_id=str(request.request_id), usage=usage))
         self.close_connection = True
+
+    def _push(self, push: PublishRequest) -> None:
+        try:
+            self.state.before_commit(push)
+            response = self.state.publish(push)
+            self.state.after_commit(push)
+        except ConnectionError:
+            self.close_connection = True
+            return
+        self._json(response.model_dump(mode="json"))
 
     def _line(self, line: StreamLine) -> None:
         self.wfile.write(line.model_dump_json().encode() + b"\n")

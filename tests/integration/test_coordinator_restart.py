@@ -129,9 +129,11 @@ async def test_lost_weights_stop_the_start_unless_told_otherwise(start: StartWor
     kept.unlink()
     after = start(lost_snapshot="model")
     assert after.coordinator.committed_version == 0
+    assert after.coordinator.status().last_version_used == 5
     with pytest.raises(ConflictError, match="above 5"):
         await after.push(5, 0)
     await after.push(6, 0)
+    assert after.coordinator.status().last_version_used == 6
     await after.coordinator.close()
     assert start().coordinator.committed_version == 6
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from shared.config.loading import validate_run_config
-from shared.config.run import RunConfig
 from shared.errors import ConfigurationError, SlipstreamError
 from tests.fakes.models import make_micro_model
 from tests.fakes.policy_server import PAUSED_S, PolicyServer, serve_policy
+from tests.support.trainer_runs import NUM_STEPS, records, run_config
 from trainer.actor import TrainerActor
 from trainer.status import TrainerPhase
-
-NUM_STEPS = 4
 
 
 @pytest.fixture(scope="module")
@@ -37,36 +32,6 @@ def segments(tmp_path: Path) -> Path:
 def server(model_path: Path, segments: Path) -> Iterator[PolicyServer]:
     with serve_policy(model_path, segments) as running:
         yield running
-
-
-def run_config(server: PolicyServer, model_path: Path, root: Path, **trainer: Any) -> RunConfig:
-    return validate_run_config(
-        {
-            "name": "test",
-            "output_dir": str(root / "runs"),
-            "model": {"path": str(model_path)},
-            "weights": {"shared_memory_dir": str(server.segment_directory)},
-            "trainer": {
-                "server_url": server.url,
-                "api_timeout_s": 30,
-                "num_threads": 1,
-                "num_steps": NUM_STEPS,
-                "prompts_per_step": 4,
-                "group_size": 4,
-                "eval_every": 2,
-                "eval_prompts": 4,
-                "checkpoint_every": 2,
-                "sampling": {"max_tokens": 8},
-                "optimizer": {"learning_rate": 5e-3},
-                "task": {"kind": "arithmetic", "num_terms": [2, 2], "max_operand": 9},
-                **trainer,
-            },
-        }
-    )
-
-
-def records(config: RunConfig, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (config.run_dir / name).read_text().splitlines()]
 
 
 def test_training_learns_and_leaves_a_complete_record(

@@ -17,7 +17,7 @@ from rollout_server.weights.delta import apply_delta
 from rollout_server.weights.snapshot import CommittedSnapshot
 from shared.config.engine import ModelConfig
 from shared.config.weights import WeightsConfig
-from shared.errors import RequestError, WeightTransferError
+from shared.errors import ConflictError, RequestError, WeightTransferError
 from shared.safetensors_file import read_header
 from shared.schemas.weights import PublishRequest, PublishResponse
 from shared.types import SegmentEncoding, TransportKind
@@ -92,7 +92,7 @@ def test_a_refused_push_removes_the_segment_too(tmp_path: Path, policy: Policy) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_push_whose_answer_was_lost_counts_when_its_version_is_committed(
+def test_other_weights_under_the_same_version_are_not_taken_for_an_answer_that_was_lost(
     tmp_path: Path, policy: Policy
 ) -> None:
     posts = 0
@@ -106,8 +106,10 @@ def test_a_push_whose_answer_was_lost_counts_when_its_version_is_committed(
             raise httpx.ReadError("connection reset")
         return conflict()
 
-    report = publisher(tmp_path, answer).publish(policy, version=4, base_version=3)
-    assert (posts, report.version, report.paused_s) == (2, 4, 0.0)
+    # The server answers the same tensors again, so a conflict means others.
+    with pytest.raises(ConflictError, match="wrong base"):
+        publisher(tmp_path, answer).publish(policy, version=4, base_version=3)
+    assert posts == 2
 
 
 def test_versions_only_go_up(tmp_path: Path, policy: Policy) -> None:
