@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
 
 import torch
@@ -14,9 +12,9 @@ import torch
 from shared.config.weights import WeightsConfig
 from shared.errors import SlipstreamError, WeightTransferError
 from shared.schemas.weights import PublishRequest, PublishResponse, WeightManifest
-from shared.segment_writer import TensorBuffer, TensorSpec, write_segment
-from shared.types import TransportKind
-from shared.weights import segment_name, sweep_stale_segments
+from shared.segment_writer import TensorBuffer, TensorSpec
+from shared.weights import sweep_stale_segments
+from trainer.outbox import make_outbox
 from trainer.policy import Policy
 from trainer.rollout_client import RolloutClient
 
@@ -54,8 +52,8 @@ class Publisher:
     def __init__(self, client: RolloutClient, config: WeightsConfig) -> None:
         self._client = client
         self._config = config
-        self._directory = config.directory
-        for name in sweep_stale_segments(self._directory):
+        self._outbox = make_outbox(config, client)
+        for name in sweep_stale_segments(config.directory):
             LOGGER.info("removed the weight segment %s of a process that is gone", name)
 
     def publish(self, policy: Policy, *, version: int, base_version: int) -> PushReport:
@@ -70,11 +68,8 @@ class Publisher:
                 f"version {version} must be above its base version {base_version}"
             )
         started_s = monotonic()
-        path = self._directory / segment_name(os.getpid(), version)
-        # A name left behind by an interrupted push of this very process would refuse the write.
-        path.unlink(missing_ok=True)
         try:
-            manifest = self._write(path, policy)
+            manifest = self._write(version, policy)
             request = PublishRequest(
                 version=version,
                 base_version=base_version,
@@ -83,7 +78,7 @@ class Publisher:
             )
             response = self._send(request)
         finally:
-            path.unlink(missing_ok=True)
+            self._outbox.discard()
         paused_s = 0.0
         if response is not None:
             paused_s = max((timings.paused_s for timings in response.engines), default=0.0)
@@ -100,7 +95,7 @@ class Publisher:
             paused_s=paused_s,
         )
 
-    def _write(self, path: Path, policy: Policy) -> WeightManifest:
+    def _write(self, version: int, policy: Policy) -> WeightManifest:
         """The policy as a segment, a piece of a tensor in memory at a time."""
         tensors = dict(policy.served_tensors())
         specs = [
@@ -113,8 +108,7 @@ class Publisher:
                 # numpy has no bfloat16; only the bytes matter, so every tensor goes as bytes.
                 yield piece.view(torch.uint8).numpy()
 
-        is_durable = self._config.transport is TransportKind.FILESYSTEM
-        return write_segment(path, specs, produce, is_durable=is_durable)
+        return self._outbox.write(version, specs, produce)
 
     def _send(self, request: PublishRequest) -> PublishResponse | None:
         """The server's answer; None when it got lost but the version is committed all the same."""

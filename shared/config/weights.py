@@ -18,6 +18,13 @@ class WeightsConfig(SettingsModel):
     shared_memory_dir: str = "/dev/shm"
     filesystem_dir: str | None = None
     """Of the transport ``filesystem``: seen under this path by trainer, server and engines."""
+    bucket_mib: int = Field(default=256, ge=1)
+    """What the transport ``ray`` moves at a time. Each side holds two at most: one that is being
+    filled or written, one on its way."""
+    bucket_timeout_s: float = Field(default=30.0, gt=0)
+    """How long one bucket may take from node to node (``ray``)."""
+    transfer_timeout_s: float = Field(default=300.0, gt=0)
+    """How long a whole version may take to the nodes of all engines (``ray``)."""
     pause_mode: PauseMode = PauseMode.KEEP
     recompute_kv: bool = False
     """Running sequences compute their KV again under the new weights before they go on
@@ -54,7 +61,14 @@ class WeightsConfig(SettingsModel):
     def longest_push_s(self) -> float:
         """Verifying and staging, pausing and loading, and at worst loading the version before."""
         load_s = self.pause_timeout_s + self.commit_timeout_s
-        return 3 * self.stage_timeout_s + 2 * load_s + self.commit_timeout_s
+        is_spread = self.transport is TransportKind.RAY
+        spread_s = self.transfer_timeout_s + self.stage_timeout_s if is_spread else 0.0
+        return 3 * self.stage_timeout_s + spread_s + 2 * load_s + self.commit_timeout_s
+
+    @property
+    def bucket_bytes(self) -> int:
+        """``bucket_mib`` in bytes."""
+        return self.bucket_mib << 20
 
     @model_validator(mode="after")
     def filesystem_needs_a_directory(self) -> Self:
