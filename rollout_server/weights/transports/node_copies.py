@@ -68,6 +68,11 @@ class NodeCopies:
             raise
         return str(file.path)
 
+    def holds(self, version: int) -> bool:
+        """Whether a verified copy is there."""
+        file = self._files.get(version)
+        return file is not None and file.path.exists()
+
     def remove(self, version: int) -> None:
         """Remove a version, complete or not. May be called again."""
         file = self._files.pop(version, None)

@@ -10,7 +10,7 @@ from rollout_server.engine.protocol import EngineHandle
 from rollout_server.weights.snapshot import CommittedSnapshot, remove_segment
 from rollout_server.weights.transports.spread import ClusterNodes, Spread, try_remove
 from shared.config.weights import WeightsConfig
-from shared.errors import EngineDeadError, EngineError, WeightTransferError
+from shared.errors import EngineDeadError, EngineError, SlipstreamError, WeightTransferError
 from shared.types import EngineState
 
 logger = logging.getLogger(__name__)
@@ -38,15 +38,12 @@ class NodeFiles:
         """See ``SnapshotFiles``. The engines of a node that is gone are condemned."""
         path = snapshot.path
         self._versions[path] = snapshot.version
-        missing = {
-            engine.node_id
-            for engine in engines
-            if engine.node_id != self._nodes.own_node_id
-            and (engine.node_id, path) not in self._copies
-        }
+        node_ids = sorted({engine.node_id for engine in engines} - {self._nodes.own_node_id})
+        has_copy = await asyncio.gather(*(self._has_copy(node, path) for node in node_ids))
+        missing = [node for node, has in zip(node_ids, has_copy, strict=True) if not has]
         if not missing:
             return False
-        outcomes = await Spread(self._nodes, snapshot, self._config).run(sorted(missing))
+        outcomes = await Spread(self._nodes, snapshot, self._config).run(missing)
         for node_id, outcome in outcomes.items():
             if outcome.path is not None:
                 self._copies[node_id, path] = outcome.path
@@ -88,6 +85,17 @@ class NodeFiles:
         """See ``SnapshotFiles``."""
         self._copies.clear()
         await self._nodes.close()
+
+    async def _has_copy(self, node_id: str, path: str) -> bool:
+        if (node_id, path) not in self._copies:
+            return False
+        try:
+            async with asyncio.timeout(self._config.bucket_timeout_s):
+                port = await self._nodes.port(node_id)
+                return await port.holds(self._versions[path])
+        except (SlipstreamError, TimeoutError) as exc:
+            logger.warning("weights: node %s is asked for its copy: %s", node_id, exc)
+            return False
 
     async def _remove_from(self, node_id: str, path: str, version: int) -> None:
         del self._copies[node_id, path]

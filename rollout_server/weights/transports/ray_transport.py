@@ -50,6 +50,10 @@ async def start_snapshot_files(config: WeightsConfig) -> SnapshotFiles:
     return NodeFiles(nodes, config, await nodes.start_receiver())
 
 
+class _ReceiverGoneError(WeightTransferError):
+    """The actor on a node has ended, with or without its node."""
+
+
 class ReceiverActor(SegmentReceiver):
     """With a clock of its own, since nobody calls on behalf of a trainer that died."""
 
@@ -111,6 +115,14 @@ class RayNodes:
         return f"{self._namespace}/{name}"
 
     async def port(self, node_id: str) -> RayPort:
+        return RayPort(self, node_id, await self.actor(node_id))
+
+    async def actor(self, node_id: str) -> Any:
+        """What keeps the copies on a node; started on the first call, and again when it is gone.
+
+        Raises:
+            WeightTransferError: the node's object store is too small.
+        """
         if node_id not in self._copies:
             problem = _store_problem(await asyncio.to_thread(ray.nodes), node_id, self._config)
             if problem is not None:
@@ -121,7 +133,7 @@ class RayNodes:
                 .options(max_restarts=0, **_placed_on(node_id))
                 .remote(self._config.shared_memory_dir)
             )
-        return RayPort(self, node_id, self._copies[node_id])
+        return self._copies[node_id]
 
     async def put(self, data: Bytes) -> object:
         try:
@@ -169,7 +181,11 @@ class RayPort:
         self._actor = actor
 
     async def begin(self, version: int, num_bytes: int) -> None:
-        await self._call(self._actor.begin.remote(version, num_bytes))
+        try:
+            await self._call(self._actor.begin.remote(version, num_bytes))
+        except _ReceiverGoneError:  # it may have been killed since the last push; its node lives
+            self._actor = await self._nodes.actor(self._node_id)
+            await self._call(self._actor.begin.remote(version, num_bytes))
 
     async def append(self, version: int, offset: int, bucket: object) -> None:
         await self._call(self._actor.append.remote(version, offset, bucket))
@@ -177,6 +193,9 @@ class RayPort:
     async def finish(self, version: int, manifest: WeightManifest) -> str:
         path: str = await self._call(self._actor.finish.remote(version, manifest))
         return path
+
+    async def holds(self, version: int) -> bool:
+        return bool(await self._call(self._actor.holds.remote(version)))
 
     async def remove(self, version: int) -> None:
         await self._call(self._actor.remove.remote(version))
@@ -190,7 +209,7 @@ class RayPort:
             raise WeightTransferError(f"node {self._node_id} failed: {exc}") from exc
         except (RayActorError, ActorUnschedulableError) as exc:
             self._nodes.forget_port(self._node_id)
-            raise WeightTransferError(f"the receiver on node {self._node_id} is gone") from exc
+            raise _ReceiverGoneError(f"the receiver on node {self._node_id} is gone") from exc
         except RayError as exc:
             raise WeightTransferError(f"node {self._node_id} cannot be reached: {exc}") from exc
 

@@ -44,6 +44,10 @@ class NodePort(Protocol):
 
     async def finish(self, version: int, manifest: WeightManifest) -> str: ...
 
+    async def holds(self, version: int) -> bool:
+        """Whether the copy is there; one whose owner was killed may have been swept."""
+        ...
+
     async def remove(self, version: int) -> None: ...
 
 
