@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import ray
 
+from benchmarks.harness.ray_nodes import PeakMemory, TwoNodes, two_nodes
 from rollout_server.weights.snapshot import CommittedSnapshot
 from rollout_server.weights.transports.ray_transport import RayNodes, start_snapshot_files
 from rollout_server.weights.transports.spread import Bytes, NodeOutcome, Spread
@@ -27,12 +28,12 @@ from shared.schemas.weights import WeightManifest
 from shared.segment_writer import TensorSpec, write_segment
 from shared.types import TransportKind
 from shared.weights import SegmentKind, segment_name
-from tests.support.ray_nodes import PeakMemory, TwoNodes, two_nodes
 from trainer.ray_transport import RayOutbox
 
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
+STORE_BYTES = 256 * MIB
 BUCKET_MIB = 8
 NUM_TENSORS = 12
 TENSOR_BYTES = 8 * MIB + 12
@@ -44,7 +45,7 @@ SLACK_BYTES = 3 * MIB
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[TwoNodes]:
-    with two_nodes() as nodes:
+    with two_nodes(STORE_BYTES) as nodes:
         yield nodes
 
 

@@ -99,6 +99,14 @@ def warnings(*overrides: str) -> set[str]:
         (["engine.device=cpu", "engine.num_kv_blocks=9", "engine.block_size=16"], "KV cache"),
         (["engine.device=cpu", "engine.count=2"], "engine.cpu_cores"),
         (["weights.shared_memory_dir=/absent"], "weights.transport"),
+        (
+            [
+                "weights.shared_memory_dir=/absent",
+                "weights.transport=ray",
+                "ray.object_store_mib=512",
+            ],
+            "weights.transport",
+        ),
         (["engine.device=cpu", "drafter.scheme=fp8"], "drafter.scheme"),
     ],
 )

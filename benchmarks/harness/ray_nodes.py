@@ -14,18 +14,22 @@ import ray
 from ray.cluster_utils import Cluster
 
 NAMESPACE = "slipstream"
-STORE_BYTES = 256 << 20
 SAMPLE_INTERVAL_S = 0.002
 
 
 class TwoNodes:
     """The first is the one this process is connected to. ``lose_second`` kills the other."""
 
-    def __init__(self, cluster: Cluster, num_cpus: int) -> None:
+    def __init__(self, cluster: Cluster, num_cpus: int, store_bytes: int) -> None:
         self._cluster = cluster
         self._num_cpus = num_cpus
+        self._store_bytes = store_bytes
         self.second: Any = None
         self.add_second()
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
 
     @property
     def first_id(self) -> str:
@@ -37,7 +41,9 @@ class TwoNodes:
 
     def add_second(self) -> None:
         self.second = self._cluster.add_node(
-            num_cpus=self._num_cpus, object_store_memory=STORE_BYTES, resources={"second": 100}
+            num_cpus=self._num_cpus,
+            object_store_memory=self._store_bytes,
+            resources={"second": 100},
         )
 
     def lose_second(self) -> None:
@@ -52,20 +58,22 @@ class TwoNodes:
 
 
 @contextlib.contextmanager
-def two_nodes(num_cpus: int = 1) -> Iterator[TwoNodes]:
+def two_nodes(
+    store_bytes: int, *, first_num_cpus: int = 1, second_num_cpus: int = 1
+) -> Iterator[TwoNodes]:
     """Started for the caller, who is connected to the first as a server is."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
-            "num_cpus": num_cpus,
-            "object_store_memory": STORE_BYTES,
+            "num_cpus": first_num_cpus,
+            "object_store_memory": store_bytes,
             "include_dashboard": False,
         },
     )
     try:
         ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=True)
-        yield TwoNodes(cluster, num_cpus)
+        yield TwoNodes(cluster, second_num_cpus, store_bytes)
     finally:
         ray.shutdown()
         cluster.shutdown()
