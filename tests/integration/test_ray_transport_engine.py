@@ -9,7 +9,7 @@ import pytest
 import ray
 import torch
 
-from benchmarks.harness.ray_nodes import TwoNodes, two_nodes
+from benchmarks.harness.ray_nodes import NAMESPACE, TwoNodes, two_nodes
 from shared.config.engine import ModelConfig
 from shared.config.weights import WeightsConfig
 from shared.types import TransportKind
@@ -40,7 +40,8 @@ def test_an_engine_on_another_node_serves_what_was_pushed(
     weights = WeightsConfig(
         transport=TransportKind.RAY, bucket_mib=1, shared_memory_dir=str(shared_memory)
     )
-    old, new = make_model(tmp_path / "old", seed=3), make_model(tmp_path / "new", seed=77)
+    old = make_model(tmp_path / "old", seed=3, intermediate_size=4096)
+    new = make_model(tmp_path / "new", seed=77, intermediate_size=4096)
     prompts = random_prompts(4, seed=4)
     server = ServerProcess(
         tmp_path,
@@ -48,12 +49,9 @@ def test_an_engine_on_another_node_serves_what_was_pushed(
         {"ray": {"address": cluster.address}, "weights": weights.model_dump(mode="json")},
     )
     try:
-        (engine,) = [
-            actor
-            for actor in ray.util.state.list_actors(address=cluster.address)
-            if actor.name == "engine-0"
-        ]
-        assert engine.node_id == cluster.second_id
+        engine = ray.get_actor("engine-0", namespace=NAMESPACE)
+        where = engine.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
+        assert ray.get(where, timeout=30) == cluster.second_id
         policy = Policy.load(
             new, ModelConfig(path=str(new), dtype="float32"), device=torch.device("cpu")
         )
