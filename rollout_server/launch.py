@@ -25,6 +25,7 @@ from rollout_server.tokenizer import HuggingFaceTokenizer
 from rollout_server.weights.commit_ledger import CommitLedger
 from rollout_server.weights.coordinator import WeightCoordinator
 from rollout_server.weights.recovery import recover
+from rollout_server.weights.transports.ray_transport import start_snapshot_files
 from shared.clock import SystemClock
 from shared.config.run import RunConfig
 from shared.errors import ConfigurationError
@@ -51,10 +52,11 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
         )
         ray_address = start_or_join_cluster(config.ray)
         stack.callback(leave_cluster)
+        files = await start_snapshot_files(config.weights)
         pool = RayEnginePool(config, model, device)
         stack.push_async_callback(pool.close)
         coordinator = WeightCoordinator(
-            pool, config.weights, SystemClock(), ledger, recovered, config.model.path
+            pool, config.weights, SystemClock(), ledger, recovered, config.model.path, files
         )
         scoring = ScoringPool(config.scoring)
         service = RolloutService(config, pool, scoring, coordinator, tokenizer)

@@ -7,6 +7,7 @@ its model to publish it, and nothing is read again for its digest.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -71,23 +72,55 @@ def write_segment(
     return WeightManifest(segment=path.name, tensors=entries)
 
 
+class SegmentLayout(NamedTuple):
+    """A file that is about to be written: its head, and what follows in which order."""
+
+    header: bytes
+    ordered: list[TensorSpec]
+    num_bytes: int
+    """Of the whole file."""
+
+
+def lay_out(specs: Iterable[TensorSpec]) -> SegmentLayout:
+    """Order the tensors, larger elements first.
+
+    Raises:
+        WeightTransferError: a name is used twice, or a dtype or shape cannot be.
+    """
+    ordered = sorted(specs, key=lambda spec: -DTYPE_NUM_BYTES.get(spec.dtype, 0))
+    header = _header(ordered)
+    return SegmentLayout(header, ordered, len(header) + sum(s.num_bytes or 0 for s in ordered))
+
+
+def write_tensors(
+    layout: SegmentLayout,
+    produce: Callable[[TensorSpec], Iterable[TensorBuffer]],
+    write: Callable[[memoryview], None],
+) -> list[TensorEntry]:
+    """Make the bytes of a file, one after the other, and digest them on the way.
+
+    Args:
+        write: takes the next bytes; called in a thread, one call at a time.
+
+    Raises:
+        WeightTransferError: a tensor does not fit its dtype and shape.
+    """
+    with _Pipe(write) as pipe:
+        pipe.write(memoryview(layout.header), None)
+        entries = [_write_tensor(pipe, spec, produce(spec)) for spec in layout.ordered]
+        pipe.flush()
+    return entries
+
+
 def _write(
     path: Path,
     specs: Iterable[TensorSpec],
     produce: Callable[[TensorSpec], Iterable[TensorBuffer]],
     is_durable: bool,
 ) -> list[TensorEntry]:
-    ordered = sorted(specs, key=lambda spec: -DTYPE_NUM_BYTES.get(spec.dtype, 0))
-    header = _header(ordered)
-    needed_bytes = len(header) + sum(spec.num_bytes or 0 for spec in ordered)
-    with (
-        creating(path, needed_bytes, is_durable=is_durable) as descriptor,
-        _Pipe(descriptor) as pipe,
-    ):
-        pipe.write(memoryview(header), None)
-        entries = [_write_tensor(pipe, spec, produce(spec)) for spec in ordered]
-        pipe.flush()
-    return entries
+    layout = lay_out(specs)
+    with creating(path, layout.num_bytes, is_durable=is_durable) as descriptor:
+        return write_tensors(layout, produce, functools.partial(write_all, descriptor))
 
 
 @contextlib.contextmanager
@@ -103,7 +136,7 @@ def creating(path: Path, needed_bytes: int, *, is_durable: bool = False) -> Iter
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        _check_free_space(path.parent, needed_bytes)
+        check_free_space(path.parent, needed_bytes)
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "wb", buffering=0) as file:
@@ -145,8 +178,8 @@ def sync_directory(directory: Path) -> None:
 class _Pipe:
     """Appends chunks: one thread writes a chunk while the caller digests it and makes the next."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, write: Callable[[memoryview], None]) -> None:
+        self._write = write
         self._pool = ThreadPoolExecutor(1, "segment-writer")
         self._pending: Future[None] | None = None
 
@@ -162,7 +195,7 @@ class _Pipe:
         while data:
             chunk, data = data[:CHUNK_BYTES], data[CHUNK_BYTES:]
             self.flush()
-            self._pending = self._pool.submit(write_all, self._descriptor, chunk)
+            self._pending = self._pool.submit(self._write, chunk)
             if digest is not None:
                 digest.update(chunk)
 
@@ -235,7 +268,12 @@ def _does_not_fit(spec: TensorSpec, what: str) -> WeightTransferError:
     )
 
 
-def _check_free_space(directory: Path, needed_bytes: int) -> None:
+def check_free_space(directory: Path, needed_bytes: int) -> None:
+    """
+    Raises:
+        WeightTransferError: the directory has too little room.
+        OSError: it is not there.
+    """
     free_bytes = shutil.disk_usage(directory).free
     if needed_bytes > free_bytes:
         raise WeightTransferError(
@@ -246,6 +284,6 @@ def _check_free_space(directory: Path, needed_bytes: int) -> None:
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    """Write all of it at the file's position. Blocks."""
+    """Write, however often the system has to be asked."""
     while data:
         data = data[os.write(descriptor, data) :]

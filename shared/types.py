@@ -132,6 +132,8 @@ class TransportKind(StrEnum):
     """A safetensors file in /dev/shm, mapped by every engine on the host."""
     FILESYSTEM = "filesystem"
     """A safetensors file in a directory that trainer, server and every engine's host share."""
+    RAY = "ray"
+    """Bucket by bucket through Ray's object store: trainer, server and engines on any node."""
 
 
 class SegmentEncoding(StrEnum):

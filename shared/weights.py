@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _SEGMENT_NAME = re.compile(
-    r"slipstream-(?:weights|server)-(?P<pid>[0-9]+)"
+    r"slipstream-(?:weights|server|node)-(?P<pid>[0-9]+)"
     r"(?:\.(?P<start>[0-9]+)\.(?P<namespace>[0-9]+)\.(?P<boot>[0-9a-f]+))?"
     r"-v[0-9]+\.safetensors(?:\.partial)?"
 )
@@ -52,6 +52,8 @@ class SegmentKind(StrEnum):
     """Written by a trainer, which removes it after the push."""
     SERVER = "server"
     """The server's hard link to a pushed file: kept while that version may be needed."""
+    NODE = "node"
+    """The copy of it on another node, owned by the server's actor there."""
 
 
 def segment_name(pid: int, version: int, kind: SegmentKind = SegmentKind.TRAINER) -> str:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
 
 import torch
 
 from shared.config.weights import WeightsConfig
-from shared.delta_writer import write_delta
 from shared.errors import ConflictError, RequestError, WeightTransferError
-from shared.schemas.weights import PublishRequest, PublishResponse, WeightManifest
-from shared.segment_writer import TensorBuffer, TensorSpec, write_segment
-from shared.types import DeltaMode, SegmentEncoding, TransportKind
-from shared.weights import segment_name, sweep_stale_segments
+from shared.schemas.weights import PublishRequest, PublishResponse
+from shared.segment_writer import TensorBuffer, TensorSpec
+from shared.types import SegmentEncoding
+from shared.weights import sweep_stale_segments
+from trainer.outbox import Written, make_outbox
 from trainer.policy import Policy
 from trainer.push_retries import send_push
 from trainer.rollout_client import RolloutClient
@@ -26,9 +24,6 @@ LOGGER = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 25
 """Of a tensor, rounded to the served dtype and in memory at a time."""
-
-Produce = Callable[[TensorSpec], Iterator[TensorBuffer]]
-"""A tensor's bytes as they are served, in pieces."""
 
 _SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -56,14 +51,6 @@ class PushReport:
     """Longest time an engine stood still."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Base:
-    """The server's file of the version that is committed, as far as this trainer knows."""
-
-    version: int
-    path: Path
-
-
 class Publisher:
     """Writes, announces and removes weight segments. Versions only go up."""
 
@@ -85,9 +72,10 @@ class Publisher:
         self._config = config
         self._announce = announce
         self._max_retries = max_retries
-        self._directory = config.directory
-        self._base: _Base | None = None
-        for name in sweep_stale_segments(self._directory):
+        self._outbox = make_outbox(config, client)
+        self._base: tuple[int, str] | None = None
+        """The version that is committed, as far as is known, and the server's file of it."""
+        for name in sweep_stale_segments(config.directory):
             LOGGER.info("removed the weight segment %s of a process that is gone", name)
 
     def publish(self, policy: Policy, *, version: int, base_version: int) -> PushReport:
@@ -102,30 +90,25 @@ class Publisher:
                 f"version {version} must be above its base version {base_version}"
             )
         started_s = monotonic()
-        path = self._directory / segment_name(os.getpid(), version)
-        # A name left behind by an interrupted push of this very process would refuse the write.
-        path.unlink(missing_ok=True)
         try:
-            request, sent_bytes = self._write(path, policy, version, base_version)
+            written = self._write(policy, version, base_version)
             try:
-                response = self._send(request)
+                response = self._send(written, version, base_version)
             except RequestError as exc:
-                is_delta = request.manifest.encoding is SegmentEncoding.DELTA
+                is_delta = written.manifest.encoding is SegmentEncoding.DELTA
                 if not is_delta or isinstance(exc, ConflictError):
                     raise
                 # Nothing is committed under this version: the same tensors may come once more.
                 LOGGER.warning("version %d as a delta was refused (%s); all of it", version, exc)
                 self._base = None
-                request, sent_bytes = self._write(path, policy, version, base_version)
-                response = self._send(request)
+                written = self._write(policy, version, base_version)
+                response = self._send(written, version, base_version)
         except BaseException:
             self._base = None  # what is committed now is not known for sure
             raise
         finally:
-            path.unlink(missing_ok=True)
-        self._base = None
-        if response.segment is not None:
-            self._base = _Base(version=version, path=self._directory / response.segment)
+            self._outbox.discard()
+        self._base = None if response.segment is None else (version, response.segment)
         if response.engines_removed:
             LOGGER.warning(
                 "version %d: engines %s failed inside the commit and were taken out",
@@ -134,17 +117,14 @@ class Publisher:
             )
         return PushReport(
             version=version,
-            num_bytes=sum(entry.num_bytes for entry in request.manifest.tensors),
-            sent_bytes=sent_bytes,
+            num_bytes=sum(entry.num_bytes for entry in written.manifest.tensors),
+            sent_bytes=written.num_bytes,
             push_s=monotonic() - started_s,
             paused_s=max((timings.paused_s for timings in response.engines), default=0.0),
         )
 
-    def _write(
-        self, path: Path, policy: Policy, version: int, base_version: int
-    ) -> tuple[PublishRequest, int]:
-        """The policy as a segment: what changed if that pays, else all of it. Its bytes, too."""
-        path.unlink(missing_ok=True)
+    def _write(self, policy: Policy, version: int, base_version: int) -> Written:
+        """The policy as a segment: what changed if that pays, else all of it."""
         tensors = dict(policy.served_tensors())
         specs = [
             TensorSpec(name, _SAFETENSORS_DTYPES[policy.dtype_served(tensor)], tuple(tensor.shape))
@@ -157,44 +137,19 @@ class Publisher:
                 # numpy has no bfloat16; only the bytes matter, so every tensor goes as bytes.
                 yield piece.view(torch.uint8).numpy()
 
-        manifest = self._write_delta(path, specs, produce, base_version)
-        if manifest is None:
-            manifest = write_segment(path, specs, produce, is_durable=self._is_durable)
+        known, base = self._base or (None, None)
+        return self._outbox.write(
+            version, specs, produce, base=base if known == base_version else None
+        )
+
+    def _send(self, written: Written, version: int, base_version: int) -> PublishResponse:
+        self._announce(version, base_version)
         request = PublishRequest(
             version=version,
             base_version=base_version,
             transport=self._config.transport,
-            manifest=manifest,
+            manifest=written.manifest,
         )
-        return request, path.stat().st_size
-
-    def _write_delta(
-        self, path: Path, specs: list[TensorSpec], produce: Produce, base_version: int
-    ) -> WeightManifest | None:
-        """None where the delta would not pay, or there is nothing to make it from."""
-        base, config = self._base, self._config
-        if config.delta is DeltaMode.OFF or base is None or base.version != base_version:
-            return None
-        num_bytes = sum(spec.num_bytes or 0 for spec in specs)
-        try:
-            return write_delta(
-                path,
-                specs,
-                produce,
-                base_path=base.path,
-                limit_bytes=int(num_bytes * config.delta_max_share),
-                is_durable=self._is_durable,
-            )
-        except WeightTransferError as exc:
-            LOGGER.info("no delta on version %d: %s", base_version, exc.message)
-            return None
-
-    @property
-    def _is_durable(self) -> bool:
-        return self._config.transport is TransportKind.FILESYSTEM
-
-    def _send(self, request: PublishRequest) -> PublishResponse:
-        self._announce(request.version, request.base_version)
         return send_push(
             self._client,
             request,

@@ -38,6 +38,7 @@ class RayEngineHandle:
         self._lifecycle = EngineLifecycle()
         self._facts: EngineFacts | None = None
         self._footprint: Footprint | None = None
+        self._node_id = ""
         self._committed_version = 0
         self._state_before_sync = EngineState.SERVING
         self._stage_s: dict[int, float] = {}
@@ -60,6 +61,10 @@ class RayEngineHandle:
         return self._committed_version
 
     @property
+    def node_id(self) -> str:
+        return self._node_id
+
+    @property
     def facts(self) -> EngineFacts | None:
         """Known once the engine has started."""
         return self._facts
@@ -79,6 +84,8 @@ class RayEngineHandle:
             self._actor.start.remote(), "to start", self.spec.engine.start_timeout_s
         )
         assert self._facts is not None
+        where = self._actor.__ray_call__.remote(_node_of)
+        self._node_id = await self._control(where, "for its node")
         # Asked for now as well: an engine that is killed later cannot tell any more.
         self._footprint = await self._control(
             self._actor.footprint.remote(), "to list its processes"
@@ -282,6 +289,11 @@ class RayEngineHandle:
             self._lifecycle.die(f"its process ended: {exc}")
             return EngineDeadError(f"engine {self.engine_id} is gone: {exc}")
         return EngineError(f"engine {self.engine_id} failed: {exc}")
+
+
+def _node_of(_actor: Any) -> str:
+    """Runs inside the actor."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 async def _awaited(reference: Awaitable[Any]) -> Any:

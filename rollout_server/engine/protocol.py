@@ -74,6 +74,11 @@ class EngineHandle(Protocol):
     def state(self) -> EngineState: ...
 
     @property
+    def node_id(self) -> str:
+        """Ray's name of the machine it runs on; empty until it has started."""
+        ...
+
+    @property
     def committed_version(self) -> int:
         """Target version as of the last commit this handle saw."""
         ...

@@ -7,19 +7,23 @@ import logging
 from collections.abc import Sequence
 
 from rollout_server.engine.protocol import EngineHandle
+from rollout_server.weights.transports.snapshot_files import SnapshotFiles
 from shared.errors import SlipstreamError
 from shared.schemas.weights import AuditResponse, EngineAudit
 
 logger = logging.getLogger(__name__)
 
 
-async def audit_engines(engines: Sequence[EngineHandle], version: int, path: str) -> AuditResponse:
+async def audit_engines(
+    engines: Sequence[EngineHandle], version: int, path: str, files: SnapshotFiles
+) -> AuditResponse:
     """Audit all at once. Nothing may be pushed meanwhile.
 
     Args:
         path: the committed file, or the model directory at version 0.
+        files: knows where that file is for each engine.
     """
-    answers = await asyncio.gather(*(_ask(engine, path) for engine in engines))
+    answers = await asyncio.gather(*(_ask(engine, path, files) for engine in engines))
     reports = [answer for answer in answers if isinstance(answer, EngineAudit)]
     removed = []
     for engine, answer in zip(engines, answers, strict=True):
@@ -45,9 +49,9 @@ async def audit_engines(engines: Sequence[EngineHandle], version: int, path: str
     )
 
 
-async def _ask(engine: EngineHandle, path: str) -> EngineAudit | str:
+async def _ask(engine: EngineHandle, path: str, files: SnapshotFiles) -> EngineAudit | str:
     try:
-        return await engine.audit(path)
+        return await engine.audit(files.path_for(engine, path))
     except SlipstreamError as exc:
         logger.warning("engine %s: could not be audited: %s", engine.engine_id, exc.message)
         return exc.message

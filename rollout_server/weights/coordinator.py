@@ -21,14 +21,11 @@ from rollout_server.weights.protocol_state import PushAdmission, admit_push, tak
 from rollout_server.weights.push import Push
 from rollout_server.weights.recovery import Recovered, leave_behind
 from rollout_server.weights.snapshot import CommittedSnapshot
+from rollout_server.weights.transports.snapshot_files import SharedFiles, SnapshotFiles
 from rollout_server.weights.turns import Turns
 from shared.clock import Clock
 from shared.config.weights import WeightsConfig
-from shared.errors import (
-    InvalidRequestError,
-    SlipstreamError,
-    UnavailableError,
-)
+from shared.errors import InvalidRequestError, SlipstreamError, UnavailableError
 from shared.schemas.weights import (
     AuditResponse,
     EngineVersions,
@@ -53,12 +50,14 @@ class WeightCoordinator:
         ledger: CommitLedger,
         recovered: Recovered | None = None,
         model_path: str = "",
+        files: SnapshotFiles | None = None,
     ) -> None:
         """
         Args:
             ledger: where commits are recorded; closed by ``close``.
             recovered: what an earlier server had committed.
             model_path: what engines start from: version 0.
+            files: of the transport; closed by ``close``. Absent where all hosts see the same files.
         """
         recovered = recovered or Recovered()
         self._pool = pool
@@ -66,6 +65,7 @@ class WeightCoordinator:
         self._clock = clock
         self._ledger = ledger
         self._model_path = model_path
+        self._files = files or SharedFiles()
         self._turns = Turns(config.lock_timeout_s)
         self._pushes: set[asyncio.Task[PublishResponse]] = set()
         self._push: Push | None = None
@@ -105,6 +105,7 @@ class WeightCoordinator:
                 for engine in self._pool.engines()
             ],
             history=list(self._history),
+            receiver=self._files.receiver,
         )
 
     def _committed_segment(self) -> str | None:
@@ -153,7 +154,8 @@ class WeightCoordinator:
         self._check_open()
         async with self._turns.take("the integrity audit"):
             path = self._model_path if self._snapshot is None else self._snapshot.path
-            return await audit_engines(self._participants(), self.committed_version, path)
+            engines = self._participants()
+            return await audit_engines(engines, self.committed_version, path, self._files)
 
     async def bring_up_to_date(self, handle: EngineHandle) -> None:
         """Load the last committed push into an engine that is about to serve.
@@ -170,7 +172,8 @@ class WeightCoordinator:
         async with self._turns.take(f"engine {handle.engine_id}", self._config.longest_push_s):
             snapshot = self._snapshot
             if snapshot is not None and handle.committed_version < snapshot.version:
-                await stage_on(handle, snapshot, self._config)
+                await self._files.bring(snapshot, [handle])
+                await stage_on(handle, snapshot, self._config, self._files)
                 await load_on(handle, snapshot.version, self._config)
                 await resume_on(handle, self._config)
             self._up_to_date.add(handle.engine_id)
@@ -183,6 +186,7 @@ class WeightCoordinator:
             task.cancel()
         # Bounded: a cancelled push only discards, which has weights.stage_timeout_s.
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._files.close()
         snapshot, self._snapshot = self._snapshot, None
         await asyncio.to_thread(leave_behind, snapshot, self._ledger, self._config)
         self._ledger.close()
@@ -209,10 +213,7 @@ class WeightCoordinator:
             )
         committed = None if self._snapshot is None else self._snapshot.manifest
         return admit_push(
-            self.committed_version,
-            committed,
-            request,
-            last_version_used=self._last_version_used,
+            self.committed_version, committed, request, last_version_used=self._last_version_used
         )
 
     async def _run(self, request: PublishRequest) -> PublishResponse:
@@ -221,6 +222,7 @@ class WeightCoordinator:
             self._snapshot,
             config=self._config,
             ledger=self._ledger,
+            files=self._files,
             clock=self._clock,
             participants=self._participants,
             on_commit=self._committed,

@@ -17,6 +17,7 @@ from rollout_server.weights.protocol_state import (
     StageReport,
 )
 from rollout_server.weights.snapshot import CommittedSnapshot
+from rollout_server.weights.transports.snapshot_files import SnapshotFiles
 from shared.config.weights import WeightsConfig
 from shared.errors import (
     EngineDeadError,
@@ -31,17 +32,20 @@ logger = logging.getLogger(__name__)
 
 
 async def stage_on(
-    handle: EngineHandle, snapshot: CommittedSnapshot, config: WeightsConfig
+    handle: EngineHandle, snapshot: CommittedSnapshot, config: WeightsConfig, files: SnapshotFiles
 ) -> float:
     """Stage, in at most ``weights.stage_timeout_s``. Seconds, as the engine measured them.
+
+    The snapshot was brought to where the engine is (``SnapshotFiles.bring``).
 
     Raises:
         WeightVerificationError: the tensors do not fit the engine's model.
         EngineError: the engine failed, is dead or did not answer in time.
     """
+    path = files.path_for(handle, snapshot.path)
     try:
         async with asyncio.timeout(config.stage_timeout_s):
-            return await handle.stage(snapshot.version, snapshot.path, snapshot.manifest)
+            return await handle.stage(snapshot.version, path, snapshot.manifest)
     except TimeoutError as exc:
         raise EngineError(
             f"engine {handle.engine_id} did not stage version {snapshot.version} within "
@@ -86,11 +90,11 @@ async def resume_on(handle: EngineHandle, config: WeightsConfig) -> EngineCommit
 
 
 async def try_stage(
-    handle: EngineHandle, snapshot: CommittedSnapshot, config: WeightsConfig
+    handle: EngineHandle, snapshot: CommittedSnapshot, config: WeightsConfig, files: SnapshotFiles
 ) -> StageReport:
     """``stage_on`` with its failure as an outcome."""
     try:
-        stage_s = await stage_on(handle, snapshot, config)
+        stage_s = await stage_on(handle, snapshot, config, files)
     except WeightVerificationError as exc:
         outcome, detail = StageOutcome.REJECTED, exc.message
     except EngineDeadError as exc:
@@ -137,7 +141,10 @@ async def try_resume(handle: EngineHandle, config: WeightsConfig) -> EngineCommi
 
 
 async def try_go_back(
-    handle: EngineHandle, previous: CommittedSnapshot | None, config: WeightsConfig
+    handle: EngineHandle,
+    previous: CommittedSnapshot | None,
+    config: WeightsConfig,
+    files: SnapshotFiles,
 ) -> bool:
     """Make a paused engine load the version before again; one that cannot is condemned.
 
@@ -150,7 +157,7 @@ async def try_go_back(
                 await handle.stage_initial()
             await load_on(handle, 0, config)
         else:
-            await stage_on(handle, previous, config)
+            await stage_on(handle, previous, config, files)
             await load_on(handle, previous.version, config)
     except (SlipstreamError, TimeoutError) as exc:
         detail = f"cannot go back to the version before: {exc}"

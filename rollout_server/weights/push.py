@@ -31,6 +31,7 @@ from rollout_server.weights.engine_calls import (
 from rollout_server.weights.intake import take_in
 from rollout_server.weights.protocol_state import judge_load, judge_stage
 from rollout_server.weights.snapshot import CommittedSnapshot, remove_segment
+from rollout_server.weights.transports.snapshot_files import SnapshotFiles
 from shared.clock import Clock
 from shared.config.weights import WeightsConfig
 from shared.errors import WeightCommitError, WeightTransferError
@@ -50,6 +51,7 @@ class Push:
         *,
         config: WeightsConfig,
         ledger: CommitLedger,
+        files: SnapshotFiles,
         clock: Clock,
         participants: Callable[[], Sequence[EngineHandle]],
         on_commit: Callable[[CommittedSnapshot], None],
@@ -57,6 +59,7 @@ class Push:
         """
         Args:
             previous: what is committed now; None stands for the model directory.
+            files: brings snapshots to where engines are, and removes them.
             participants: the engines to push to, asked when they are about to stage.
             on_commit: called once the new version is recorded, before any engine resumes.
         """
@@ -64,6 +67,7 @@ class Push:
         self._previous = previous
         self._config = config
         self._ledger = ledger
+        self._files = files
         self._clock = clock
         self._participants = participants
         self._on_commit = on_commit
@@ -100,7 +104,7 @@ class Push:
             await self._commit(snapshot, loaded)
         except BaseException:  # also when cancelled: no file of a refused push stays behind
             if self._phase is not PushPhase.COMMITTED:
-                await asyncio.to_thread(remove_segment, snapshot.path)
+                await self._files.remove(snapshot.path)
                 self._enter(PushPhase.REFUSED)
             raise
         try:
@@ -108,7 +112,7 @@ class Push:
             self._end_phase("resume")
         finally:
             if self._previous is not None:
-                await asyncio.to_thread(remove_segment, self._previous.path)
+                await self._files.remove(self._previous.path)
         resumed = {t.engine_id for t in timings}
         failed += [e.engine_id for e in loaded if e.engine_id not in resumed]
         return PublishResponse(
@@ -156,8 +160,10 @@ class Push:
         self._enter(PushPhase.STAGING)
         engines = list(self._participants())
         try:
+            if await self._files.bring(snapshot, engines):
+                self._end_phase("spreading")
             reports = await asyncio.gather(
-                *(try_stage(engine, snapshot, self._config) for engine in engines)
+                *(try_stage(engine, snapshot, self._config, self._files) for engine in engines)
             )
             staged = judge_stage(self.version, reports)
         except BaseException:  # also when cancelled: nobody keeps what was staged
@@ -218,7 +224,7 @@ class Push:
         """Load the version before on engines that have the new one; how that went, in words."""
         self._enter(PushPhase.ROLLING_BACK)
         went_back = await asyncio.gather(
-            *(try_go_back(engine, self._previous, self._config) for engine in loaded)
+            *(try_go_back(engine, self._previous, self._config, self._files) for engine in loaded)
         )
         names = [engine.engine_id for engine, did in zip(loaded, went_back, strict=True) if did]
         version = 0 if self._previous is None else self._previous.version

@@ -104,7 +104,7 @@ def leave_behind(
         if snapshot is not None:
             remove_segment(snapshot.path)
         return
-    if snapshot is None or config.transport is not TransportKind.SHARED_MEMORY:
+    if snapshot is None or config.transport is TransportKind.FILESYSTEM:
         return  # nothing to keep, or its file lies on a disk and is recorded
     if Path(snapshot.path).parent == ledger.state_dir:
         return

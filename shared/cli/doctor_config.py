@@ -106,9 +106,7 @@ def check_transport(config: RunConfig) -> CheckResult:
     """Trainer and server hand weights over in a directory that this host can write."""
     name, weights = "weights.transport", config.weights
     setting = (
-        "shared_memory_dir"
-        if weights.transport is TransportKind.SHARED_MEMORY
-        else "filesystem_dir"
+        "filesystem_dir" if weights.transport is TransportKind.FILESYSTEM else "shared_memory_dir"
     )
     if not os.access(weights.directory, os.W_OK):
         detail = f"weights.{setting} {weights.directory} cannot be written"

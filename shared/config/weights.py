@@ -21,6 +21,13 @@ class WeightsConfig(SettingsModel):
     delta: DeltaMode = DeltaMode.AUTO
     delta_max_share: float = Field(default=0.25, gt=0, le=1)
     """Of the tensors' bytes; where a delta would be longer, a trainer pushes every tensor."""
+    bucket_mib: int = Field(default=256, ge=1)
+    """What the transport ``ray`` moves at a time. Each side holds two at most: one that is being
+    filled or written, one on its way."""
+    bucket_timeout_s: float = Field(default=30.0, gt=0)
+    """How long one bucket may take from node to node (``ray``)."""
+    transfer_timeout_s: float = Field(default=300.0, gt=0)
+    """How long a whole version may take to the nodes of all engines (``ray``)."""
     pause_mode: PauseMode = PauseMode.KEEP
     recompute_kv: bool = False
     """Running sequences compute their KV again under the new weights before they go on
@@ -57,7 +64,14 @@ class WeightsConfig(SettingsModel):
     def longest_push_s(self) -> float:
         """Verifying and staging, pausing and loading, and at worst loading the version before."""
         load_s = self.pause_timeout_s + self.commit_timeout_s
-        return 3 * self.stage_timeout_s + 2 * load_s + self.commit_timeout_s
+        is_spread = self.transport is TransportKind.RAY
+        spread_s = self.transfer_timeout_s + self.stage_timeout_s if is_spread else 0.0
+        return 3 * self.stage_timeout_s + spread_s + 2 * load_s + self.commit_timeout_s
+
+    @property
+    def bucket_bytes(self) -> int:
+        """``bucket_mib`` in bytes."""
+        return self.bucket_mib << 20
 
     @property
     def longest_answer_s(self) -> float:

@@ -145,3 +145,5 @@ class WeightsResponse(WireModel):
     engines: list[EngineVersions]
     history: list[WeightHistoryEntry]
     """The latest pushes, oldest first."""
+    receiver: str | None = None
+    """Where trainers send segments under the transport ``ray``: an actor, ``namespace/name``."""

@@ -14,6 +14,8 @@ from rollout_server.engine.protocol import EngineHandle, EnginePool
 from rollout_server.weights.commit_ledger import CommitLedger
 from rollout_server.weights.coordinator import WeightCoordinator
 from rollout_server.weights.recovery import recover
+from rollout_server.weights.transports.node_files import NodeFiles
+from rollout_server.weights.transports.spread import ClusterNodes
 from shared.clock import SystemClock
 from shared.config.weights import WeightsConfig
 from shared.errors import EngineDeadError, SlipstreamError
@@ -35,6 +37,7 @@ class FakeEngine:
     def __init__(self, engine_id: str, state: EngineState = EngineState.SERVING) -> None:
         self.engine_id = engine_id
         self.state = state
+        self.node_id = ""
         self.committed_version = 0
         self.staged: int | None = None
         self.loaded: list[float] = []
@@ -61,6 +64,7 @@ class FakeEngine:
         self.staging = asyncio.Event()
         self.committing = asyncio.Event()
         self._path = ""
+        self.staged_paths: list[str] = []
 
     async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
         self.staging.set()
@@ -70,6 +74,7 @@ class FakeEngine:
         if self.stage_error is not None:
             raise self.stage_error
         self.staged, self._path = version, path
+        self.staged_paths.append(path)
         return 0.25
 
     async def stage_initial(self) -> float:
@@ -144,7 +149,13 @@ class FakePool:
 class PushWorld:
     """A coordinator over two serving engines, and a trainer's side of the directory."""
 
-    def __init__(self, directory: Path, state_dir: Path, **settings: object) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        state_dir: Path,
+        nodes: ClusterNodes | None = None,
+        **settings: object,
+    ) -> None:
         self.directory = directory
         self.first, self.second = FakeEngine("e0"), FakeEngine("e1")
         self.pool = FakePool(self.first, self.second)
@@ -157,8 +168,9 @@ class PushWorld:
         except BaseException:
             self.ledger.close()
             raise
+        files = None if nodes is None else NodeFiles(nodes, config, "test/receiver")
         self.coordinator = WeightCoordinator(
-            pool, config, SystemClock(), self.ledger, recovered, "model"
+            pool, config, SystemClock(), self.ledger, recovered, "model", files
         )
 
     def write(self, version: int, values: tuple[float, float] = (1.0, 2.0)) -> WeightManifest:
@@ -209,7 +221,7 @@ class PushWorld:
 
 
 StartWorld = Callable[..., PushWorld]
-"""Settings of ``WeightsConfig`` by name."""
+"""Settings of ``WeightsConfig`` by name; machines besides the server's own."""
 
 
 @contextlib.asynccontextmanager
@@ -219,8 +231,8 @@ async def worlds(directory: Path) -> AsyncIterator[StartWorld]:
     shared_memory = directory / "shm"
     shared_memory.mkdir()
 
-    def make(**settings: object) -> PushWorld:
-        started.append(PushWorld(shared_memory, directory / "state", **settings))
+    def make(nodes: ClusterNodes | None = None, **settings: object) -> PushWorld:
+        started.append(PushWorld(shared_memory, directory / "state", nodes, **settings))
         return started[-1]
 
     yield make

@@ -11,7 +11,13 @@ from typer.testing import CliRunner
 
 from shared.cli import doctor_checks as checks
 from shared.cli.doctor_checks import CheckStatus
-from shared.cli.doctor_config import check_drafter, configuration_checks, has_vnni, is_loopback
+from shared.cli.doctor_config import (
+    check_drafter,
+    check_transport,
+    configuration_checks,
+    has_vnni,
+    is_loopback,
+)
 from shared.cli.main import app
 from shared.config.loading import load_run_config
 
@@ -105,6 +111,24 @@ def warnings(*overrides: str) -> set[str]:
 def test_an_unwise_setting_is_pointed_out(overrides: list[str], name: str) -> None:
     assert name not in warnings()
     assert name in warnings(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "setting"),
+    [
+        (["weights.transport=ray", "weights.bucket_mib=1"], "shared_memory_dir"),
+        (["weights.transport=filesystem"], "filesystem_dir"),
+    ],
+)
+def test_a_directory_that_cannot_be_written_is_named_by_its_setting(
+    overrides: list[str], setting: str
+) -> None:
+    overrides = [*overrides, "model.path=absent/model", f"weights.{setting}=/absent"]
+    found = check_transport(load_run_config(None, overrides, {}))
+    assert (found.status, found.detail) == (
+        CheckStatus.FAILED,
+        f"weights.{setting} /absent cannot be written",
+    )
 
 
 @pytest.mark.parametrize(

@@ -112,3 +112,21 @@ def test_the_configuration_cannot_be_changed_afterwards() -> None:
 def test_the_run_directory_is_output_dir_and_name() -> None:
     config = load_run_config(None, [*MODEL, "name=a", "output_dir=b"], {})
     assert config.run_dir == Path("b/a")
+
+
+def test_two_buckets_fit_the_object_store_of_a_local_cluster() -> None:
+    overrides = [*MODEL, "weights.transport=ray", "weights.bucket_mib=200"]
+    with pytest.raises(
+        ConfigurationError, match=r"object_store_mib 256 to 400 or more.*bucket_mib 200 to 128"
+    ):
+        load_run_config(None, overrides, {})
+    load_run_config(None, [*overrides, "ray.object_store_mib=400"], {})
+    # The nodes of a cluster that is joined are asked when the server starts.
+    load_run_config(None, [*overrides, "ray.address=10.0.0.1:6379"], {})
+
+
+def test_engines_that_join_wait_for_a_push_that_also_travels() -> None:
+    here = load_run_config(None, MODEL, {}).weights
+    far = load_run_config(None, [*MODEL, "weights.transport=ray", "ray.address=auto"], {}).weights
+    travel_s = far.transfer_timeout_s + far.stage_timeout_s
+    assert far.longest_push_s == here.longest_push_s + travel_s

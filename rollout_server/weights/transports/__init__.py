@@ -1,0 +1,1 @@
+"""How a pushed segment reaches the server, and a verified one every engine's machine."""

@@ -1,0 +1,64 @@
+"""Where an engine finds the file of a snapshot: what the coordinator knows of transports."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from rollout_server.engine.protocol import EngineHandle
+from rollout_server.weights.snapshot import CommittedSnapshot, remove_segment
+
+
+class SnapshotFiles(Protocol):
+    """The server's own files, and their copies where engines are on other machines."""
+
+    @property
+    def receiver(self) -> str | None:
+        """The actor that takes segments from trainers, for those that send them."""
+        ...
+
+    async def bring(self, snapshot: CommittedSnapshot, engines: Sequence[EngineHandle]) -> bool:
+        """Have a verified snapshot where all of these engines are; whether anything travelled.
+
+        What fails for one machine is kept for ``path_for`` and does not strand the others.
+
+        Raises:
+            WeightTransferError: the server's own file cannot be read.
+        """
+        ...
+
+    def path_for(self, engine: EngineHandle, path: str) -> str:
+        """The path under which this engine opens the server's file ``path``.
+
+        Raises:
+            EngineDeadError: its machine is lost.
+            EngineError: the file could not be brought there.
+        """
+        ...
+
+    async def remove(self, path: str) -> None:
+        """Remove a file of the server and its copies. Never raises: leftovers are swept later."""
+        ...
+
+    async def close(self) -> None:
+        """Remove what is on other machines; the server's own files stay. May be called again."""
+        ...
+
+
+class SharedFiles:
+    """Every engine sees the server's own directory: one host, or a shared disk."""
+
+    receiver: str | None = None
+
+    async def bring(self, snapshot: CommittedSnapshot, engines: Sequence[EngineHandle]) -> bool:
+        return False
+
+    def path_for(self, engine: EngineHandle, path: str) -> str:
+        return path
+
+    async def remove(self, path: str) -> None:
+        await asyncio.to_thread(remove_segment, path)
+
+    async def close(self) -> None:
+        """Nothing is anywhere else."""
