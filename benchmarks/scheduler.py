@@ -194,11 +194,13 @@ async def measure_mixed(
 
 
 async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
-    """The parts asked for; what is kept of the others is of an earlier run (``commits``)."""
+    """The parts asked for; the others are kept from earlier runs (``commits``, ``cpus``)."""
     result: dict[str, Any] = {"bench": "scheduler", "points": [], "mixed": {}, "commits": {}}
     result |= read_result("scheduler") or {}
     for part in options.parts:
-        result["commits"][part] = circumstances()["commit"]
+        now = circumstances()
+        result["commits"][part] = now["commit"]
+        result.setdefault("cpus", {})[part] = now["cpu"]
     if "points" in options.parts:
         result["points"] = []
         spec = engine_spec(model, num_places=NUM_PLACES, kv_cache_mib=1536)
