@@ -13,6 +13,8 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
+from rollout_server.engine.cluster import FREE_OBJECTS_AT_ONCE
+
 NAMESPACE = "slipstream"
 SAMPLE_INTERVAL_S = 0.002
 
@@ -63,6 +65,7 @@ def two_nodes(
 ) -> Iterator[TwoNodes]:
     """Started for the caller, who is connected to the first as a server is."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(*FREE_OBJECTS_AT_ONCE)
     cluster = Cluster(
         initialize_head=True,
         head_node_args={

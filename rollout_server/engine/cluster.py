@@ -15,6 +15,9 @@ from shared.config.server import RayConfig
 from shared.errors import UnavailableError
 
 MIB = 1024 * 1024
+FREE_OBJECTS_AT_ONCE = ("RAY_free_objects_period_milliseconds", "0")
+"""By default Ray 2.60 frees once a second what nobody refers to; by then many buckets of weights
+would have taken new memory in the store, where two are enough. Read by each node at its start."""
 MAX_CONCURRENT_CALLS = 1024
 """Calls an engine actor runs at once; each sample group in flight is one."""
 
@@ -35,6 +38,7 @@ def start_or_join_cluster(config: RayConfig) -> str:
         "logging_level": logging.WARNING,
     }
     if config.address is None:
+        os.environ.setdefault(*FREE_OBJECTS_AT_ONCE)
         options |= {
             "address": "local",
             "include_dashboard": False,

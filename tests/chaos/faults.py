@@ -17,7 +17,7 @@ from benchmarks.harness.results import print_last_line, write_result
 from shared.weights import sweep_stale_segments
 from tests.chaos.bad_push_run import BadPushCounts, run_bad_pushes
 from tests.chaos.weight_kills import VICTIMS, Counts, KillRun
-from tests.support.server_process import SHARED_MEMORY, shared_memory_files
+from tests.support.server_process import SHARED_MEMORY, left_in_shared_memory, shared_memory_files
 
 
 def run_kills(directory: Path, num_rounds: int, seed: int) -> tuple[Counts, int]:
@@ -31,7 +31,7 @@ def run_kills(directory: Path, num_rounds: int, seed: int) -> tuple[Counts, int]
     finally:
         run.close()
     sweep_stale_segments(SHARED_MEMORY)  # as the next trainer or server does
-    return run.counts, len(shared_memory_files() - before)
+    return run.counts, len(left_in_shared_memory(before))
 
 
 def table(bad: BadPushCounts, kills: Counts, leftovers: int) -> dict[str, Any]:

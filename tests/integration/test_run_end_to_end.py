@@ -97,7 +97,7 @@ def test_a_run_trains_pushes_reports_and_can_be_resumed(tmp_path: Path) -> None:
     assert process.returncode == 0, output[-3000:]
     assert [line["step"] for line in metrics(run) if line["step"] > 0] == [1, 2, 3]
     assert metrics(run)[-1]["weights/version"] > 2, "versions are never used twice"
-    assert shared_memory_files() - before == set()
+    assert left_in_shared_memory(before) == set()
 
 
 def test_control_c_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -115,5 +115,5 @@ def test_control_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert process.returncode == 130, output[-3000:]
     _, alive = psutil.wait_procs(family, timeout=15)
     assert alive == [], "processes left behind"
-    assert shared_memory_files() - before == set(), "shared memory left behind"
+    assert left_in_shared_memory(before) == set(), "shared memory left behind"
     assert not (run / "server.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,17 @@ def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Non
 
 def shared_memory_files() -> set[str]:
     return {path.name for path in SHARED_MEMORY.iterdir()}
+
+
+def left_in_shared_memory(before: set[str]) -> set[str]:
+    """What is new and belongs to no process that lives: others may be at work on this machine."""
+    return {name for name in shared_memory_files() - before if not _has_living_owner(name)}
+
+
+def _has_living_owner(name: str) -> bool:
+    """OpenMP's files carry their process's pid."""
+    owner = re.fullmatch(r"__KMP_REGISTERED_LIB_([0-9]+)_[0-9]+", name)
+    return owner is not None and psutil.pid_exists(int(owner[1]))
 
 
 class ServerProcess:

@@ -31,9 +31,6 @@ from shared.types import TransportKind
 logger = logging.getLogger(__name__)
 
 EXPIRY_INTERVAL_S = 5.0
-LOST_NODE_GRACE_S = 10.0
-"""An actor's end is known at once, that of its node a little later."""
-POLL_S = 0.2
 MIB = 1 << 20
 
 
@@ -145,14 +142,18 @@ class RayNodes:
             ) from exc
 
     async def is_lost(self, node_id: str) -> bool:
-        deadline_s = time.monotonic() + (LOST_NODE_GRACE_S if node_id in self._gone else 0.0)
-        while True:
+        if node_id not in self._gone:
             nodes = await asyncio.to_thread(ray.nodes)
-            if not any(node["NodeID"] == node_id and node["Alive"] for node in nodes):
-                return True
-            if time.monotonic() >= deadline_s:
-                return False
-            await asyncio.sleep(POLL_S)
+            return not any(node["NodeID"] == node_id and node["Alive"] for node in nodes)
+        # Ray knows of an actor's end at once, and of its node's only after some heartbeats. Where
+        # another actor can be started, only the first one had ended.
+        try:
+            async with asyncio.timeout(self._config.stage_timeout_s):
+                await (await self.port(node_id)).holds(0)
+        except (SlipstreamError, TimeoutError) as exc:
+            logger.warning("weights: node %s is lost: %s", node_id, exc)
+            return True
+        return False
 
     def forget_port(self, node_id: str) -> None:
         """Its actor is gone: the next call starts another."""
