@@ -120,7 +120,7 @@ class ShardGroup:
             yield from rounded_pieces(tensor.to(dtype).full_tensor(), dtype, piece_bytes)
             return
         for rank, num_elements in zip(
-            holders, _elements_per_rank(tensor.shape, len(holders)), strict=True
+            holders, elements_per_rank(tensor.shape, len(holders)), strict=True
         ):
             if rank == LEADER_RANK:
                 yield from rounded_pieces(tensor.to_local(), dtype, piece_bytes)
@@ -212,7 +212,7 @@ def _holders(tensor: DTensor) -> list[int] | None:
     return list(mesh.mesh[tuple(place)].tolist())
 
 
-def _elements_per_rank(shape: torch.Size, num_ranks: int) -> list[int]:
+def elements_per_rank(shape: torch.Size, num_ranks: int) -> list[int]:
     """What ``torch.chunk`` gives each rank of the first dimension: the last ones may get less."""
     num_rows, row = shape[0], shape[1:].numel()
     chunk = -(-num_rows // num_ranks)

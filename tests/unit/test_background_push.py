@@ -30,13 +30,14 @@ class GatedPush:
         return REPORT
 
 
-def test_it_runs_until_it_is_committed() -> None:
+def test_it_runs_until_it_is_committed(caplog: pytest.LogCaptureFixture) -> None:
     publish = GatedPush()
     with BackgroundPush(publish) as push:
         assert push.state is PushState.RUNNING
         publish.gate.set()
         assert push.wait() == REPORT
         assert push.state is PushState.COMMITTED
+    assert caplog.text == ""
 
 
 def test_its_failure_is_raised_where_it_is_waited_for() -> None:
