@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.support.server_process import left_in_shared_memory, shared_memory_files
+
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
 RUN_TIMEOUT_S = 300
@@ -67,10 +69,6 @@ def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def shared_memory_files() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 def test_a_run_trains_pushes_reports_and_can_be_resumed(tmp_path: Path) -> None:
