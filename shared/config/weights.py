@@ -19,10 +19,10 @@ class WeightsConfig(SettingsModel):
     filesystem_dir: str | None = None
     """Of the transport ``filesystem``: seen under this path by trainer, server and engines."""
     bucket_mib: int = Field(default=256, ge=1)
-    """What the transport ``ray`` moves at a time. Each side holds two at most: one that is being
-    filled or written, one on its way."""
+    """The transport ``ray`` holds two of these at most on each side, in the object store and beside
+    it."""
     bucket_timeout_s: float = Field(default=30.0, gt=0)
-    """How long one bucket may take from node to node (``ray``)."""
+    """How long what is on its way may take from node to node (``ray``)."""
     transfer_timeout_s: float = Field(default=300.0, gt=0)
     """How long a whole version may take to the nodes of all engines (``ray``)."""
     pause_mode: PauseMode = PauseMode.KEEP
@@ -66,9 +66,10 @@ class WeightsConfig(SettingsModel):
         return 3 * self.stage_timeout_s + spread_s + 2 * load_s + self.commit_timeout_s
 
     @property
-    def bucket_bytes(self) -> int:
-        """``bucket_mib`` in bytes."""
-        return self.bucket_mib << 20
+    def piece_bytes(self) -> int:
+        """What the transport ``ray`` moves at a time: half a bucket. One piece is being filled, one
+        is on its way, and Ray frees the one before a little after nobody needs it any more."""
+        return self.bucket_mib << 19
 
     @model_validator(mode="after")
     def filesystem_needs_a_directory(self) -> Self:
