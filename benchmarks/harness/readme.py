@@ -162,10 +162,10 @@ def transports_table(document: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{result['bytes'] / 1e9:.2f} GB from memory or a file to a file, against the same bytes "
-            f"put as one object and fetched by the other node, which writes nothing. Verifying the "
-            f"copy comes on top, at {result['verify_bytes_per_s'] / 1e9:.1f} GB/s. Two Ray nodes on "
-            f"one host, so the network is its loopback; buckets of {result['bucket_mib']} MiB. "
+            f"{result['bytes'] / 1e9:.2f} GB from memory or a file to a file, against the same "
+            "bytes put as one object and fetched by the other node, which writes nothing. Verifying "
+            f"the copy comes on top, at {result['verify_bytes_per_s'] / 1e9:.1f} GB/s. Two Ray nodes "
+            f"on one host, so the network is its loopback; buckets of {result['bucket_mib']} MiB. "
             f"Medians of {result['repeats']} alternating repeats (spread). "
             + _circumstances(document["circumstances"]),
         ]
