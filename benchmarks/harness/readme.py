@@ -164,8 +164,9 @@ def transports_table(document: dict[str, Any]) -> str:
             "",
             f"{result['bytes'] / 1e9:.2f} GB from memory or a file to a file, against the same "
             "bytes put as one object and fetched by the other node, which writes nothing. "
-            f"Verifying the copy comes on top, at {result['verify_bytes_per_s'] / 1e9:.1f} GB/s. Two "
-            f"Ray nodes on one host, so the network is its loopback; buckets of {result['bucket_mib']} MiB. "
+            f"Verifying the copy comes on top, at {result['verify_bytes_per_s'] / 1e9:.1f} GB/s. "
+            "Two Ray nodes on one host, so the network is its loopback; buckets of "
+            f"{result['bucket_mib']} MiB. "
             f"Medians of {result['repeats']} alternating repeats (spread). "
             + _circumstances(document["circumstances"]),
         ]
