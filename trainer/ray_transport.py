@@ -97,7 +97,8 @@ class RayOutbox:
 
 
 class _Buckets:
-    """Collects bytes and sends them a bucket at a time: one is on its way while the next fills."""
+    """Collects bytes and sends them half a bucket at a time: one is on its way while the next
+    fills."""
 
     def __init__(
         self, receiver: Any, upload_id: str, num_bytes: int, config: WeightsConfig
@@ -105,7 +106,7 @@ class _Buckets:
         self._receiver = receiver
         self._upload_id = upload_id
         self._limit_s = config.bucket_timeout_s
-        self._bucket = np.empty(min(config.bucket_bytes, num_bytes), np.uint8)
+        self._bucket = np.empty(min(config.piece_bytes, num_bytes), np.uint8)
         self._num_filled = 0
         self._num_sent = 0
         self._on_its_way: Any = None

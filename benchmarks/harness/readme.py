@@ -173,8 +173,36 @@ def faults_table(document: dict[str, Any]) -> str:
     )
 
 
+def transports_table(document: dict[str, Any]) -> str:
+    """A row per direction of the transport ``ray``."""
+    result = document["result"]
+    names = {"spread": "server to another node", "upload": "trainer to the server's node"}
+    lines = [
+        _row(["", "GB/s", "of a plain copy through the store"]),
+        _row([":---", "---:", "---:"]),
+        _row(["plain copy", f"{result['raw_bytes_per_s'] / 1e9:.2f}", ""]),
+    ]
+    for side, name in names.items():
+        share = f"{result[f'{side}_of_raw']:.2f} ({_spread(result[f'{side}_of_raw_spread'], 2)})"
+        lines.append(_row([name, f"{result[f'{side}_bytes_per_s'] / 1e9:.2f}", share]))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['bytes'] / 1e9:.2f} GB from memory or a file to a file, against the same "
+            "bytes put as one object and fetched by the other node, which writes nothing. "
+            f"Verifying the copy comes on top, at {result['verify_bytes_per_s'] / 1e9:.1f} GB/s. "
+            "Two Ray nodes on one host, so the network is its loopback; buckets of "
+            f"{result['bucket_mib']} MiB. "
+            f"Medians of {result['repeats']} alternating repeats (spread). "
+            + _circumstances(document["circumstances"]),
+        ]
+    )
+
+
 TABLES = {
     "weight_faults": faults_table,
+    "weight_transports": transports_table,
     "weights": weights_table,
     "speculation": speculation_table,
     "requantize": requantize_table,

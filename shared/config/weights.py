@@ -22,10 +22,10 @@ class WeightsConfig(SettingsModel):
     delta_max_share: float = Field(default=0.25, gt=0, le=1)
     """Of the tensors' bytes; where a delta would be longer, a trainer pushes every tensor."""
     bucket_mib: int = Field(default=256, ge=1)
-    """What the transport ``ray`` moves at a time. Each side holds two at most: one that is being
-    filled or written, one on its way."""
+    """The transport ``ray`` holds two of these at most on each side, in the object store and beside
+    it."""
     bucket_timeout_s: float = Field(default=30.0, gt=0)
-    """How long one bucket may take from node to node (``ray``)."""
+    """How long what is on its way may take from node to node (``ray``)."""
     transfer_timeout_s: float = Field(default=300.0, gt=0)
     """How long a whole version may take to the nodes of all engines (``ray``)."""
     pause_mode: PauseMode = PauseMode.KEEP
@@ -69,9 +69,10 @@ class WeightsConfig(SettingsModel):
         return 3 * self.stage_timeout_s + spread_s + 2 * load_s + self.commit_timeout_s
 
     @property
-    def bucket_bytes(self) -> int:
-        """``bucket_mib`` in bytes."""
-        return self.bucket_mib << 20
+    def piece_bytes(self) -> int:
+        """What the transport ``ray`` moves at a time: half a bucket. One piece is being filled, one
+        is on its way, and Ray frees the one before a little after nobody needs it any more."""
+        return self.bucket_mib << 19
 
     @property
     def longest_answer_s(self) -> float:

@@ -24,7 +24,7 @@ NUM_BUCKETS = 6
 
 def config(**settings: float) -> WeightsConfig:
     return WeightsConfig.model_validate(
-        {"transport": TransportKind.RAY, "bucket_mib": 1} | settings
+        {"transport": TransportKind.RAY, "bucket_mib": 2} | settings
     )
 
 

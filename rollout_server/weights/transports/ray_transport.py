@@ -225,7 +225,7 @@ def _store_problem(nodes: list[dict[str, Any]], node_id: str, config: WeightsCon
     """Why two buckets do not fit into the object store of a node, if they do not."""
     for node in nodes:
         store_bytes = int(node["Resources"].get("object_store_memory", 0))
-        if node["NodeID"] == node_id and node["Alive"] and store_bytes < 2 * config.bucket_bytes:
+        if node["NodeID"] == node_id and node["Alive"] and store_bytes < 4 * config.piece_bytes:
             return (
                 f"the object store of node {node_id} has {store_bytes // MIB} MiB, two buckets of "
                 f"weights.bucket_mib {config.bucket_mib} do not fit: make it larger (ray start "

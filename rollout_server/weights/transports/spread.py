@@ -1,7 +1,7 @@
-"""Carries one verified segment from the server to other nodes, a bucket at a time.
+"""Carries one verified segment from the server to other nodes, piece by piece.
 
-Each bucket is read once and put into the object store once, whatever the number of nodes. At most
-two are in memory: one on its way, and the next being read. Nodes go in step; one that fails or does
+Each piece (half a bucket) is read once and put into the object store once, whatever the number of
+nodes. One is on its way while the next is read. Nodes go in step; one that fails or does
 not answer in time is left behind, and the others go on.
 """
 
@@ -149,11 +149,11 @@ class Spread:
         await self._fail(node_id, error)
 
     async def _send(self, num_bytes: int) -> None:
-        bucket_bytes = self._config.bucket_bytes
-        scratch = np.empty(min(bucket_bytes, num_bytes), np.uint8)
+        piece_bytes = self._config.piece_bytes
+        scratch = np.empty(min(piece_bytes, num_bytes), np.uint8)
         on_its_way: asyncio.Task[None] | None = None
         try:
-            for offset in range(0, num_bytes, bucket_bytes):
+            for offset in range(0, num_bytes, piece_bytes):
                 data = scratch[: num_bytes - offset]
                 await asyncio.to_thread(_read_at, self._snapshot.path, offset, data)
                 if on_its_way is not None:
