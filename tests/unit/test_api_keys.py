@@ -113,7 +113,7 @@ def test_what_is_no_readable_file_is_refused_with_its_setting(tmp_path: Path) ->
     path.write_bytes(b"\xff\xfef00d")
     with pytest.raises(ConfigurationError, match="UTF-8") as caught:
         load_api_keys(str(path), {})
-    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__  # a traceback would quote the bytes
 
 
 def test_every_key_is_compared_whichever_matches(monkeypatch: pytest.MonkeyPatch) -> None:
