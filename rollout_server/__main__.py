@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from pathlib import Path
 
+from shared.api_keys import KEYS_VARIABLE
 from shared.config.loading import load_run_config
+from shared.config.server_access import check_server_access
 from shared.errors import ConfigurationError, SlipstreamError
 from shared.logging import configure_logging
 
@@ -23,11 +26,14 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         config = load_run_config(arguments.config, arguments.set)
+        api_keys = check_server_access(config.server, os.environ)
+        # Ray and every process it starts would inherit it.
+        os.environ.pop(KEYS_VARIABLE, None)
         configure_logging(config.log_level, "server")
         # Imported only now: --help and configuration errors must not wait for Ray and vLLM.
         from rollout_server.launch import serve
 
-        asyncio.run(serve(config))
+        asyncio.run(serve(config, api_keys))
     except ConfigurationError as exc:
         print(f"error: {exc.message}", file=sys.stderr)
         return EXIT_USAGE

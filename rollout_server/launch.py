@@ -26,8 +26,10 @@ from rollout_server.weights.commit_ledger import CommitLedger
 from rollout_server.weights.coordinator import WeightCoordinator
 from rollout_server.weights.recovery import recover
 from rollout_server.weights.transports.ray_transport import start_snapshot_files
+from shared.api_keys import ApiKeys
 from shared.clock import SystemClock
 from shared.config.run import RunConfig
+from shared.config.server_access import is_loopback
 from shared.errors import ConfigurationError
 from shared.weights import sweep_stale_segments
 
@@ -71,8 +73,8 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
 READY_FILE_NAME = "server.json"
 
 
-async def serve(config: RunConfig) -> None:
-    """Serve until SIGINT or SIGTERM.
+async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
+    """Serve until SIGINT or SIGTERM, those who have one of the keys (everybody if there are none).
 
     Once requests can be served, ``<run_dir>/server.json`` holds ``{"url", "ray_address", "pid"}``.
     """
@@ -94,16 +96,21 @@ async def serve(config: RunConfig) -> None:
             service, ray_address = await starting
             server = uvicorn.Server(
                 uvicorn.Config(
-                    create_app(service),
+                    create_app(service, api_keys),
                     log_level="warning",
                     access_log=False,
                     timeout_graceful_shutdown=int(config.server.shutdown_timeout_s),
                     lifespan="off",
+                    ssl_certfile=config.server.tls_certificate_file,
+                    ssl_keyfile=config.server.tls_key_file,
                 )
             )
             serving = asyncio.create_task(_serve_quietly(server, listener), name="uvicorn")
-            url = f"http://{config.server.host}:{listener.getsockname()[1]}"
-            logger.info("serving on %s", url)
+            port = listener.getsockname()[1]
+            url = f"{config.server.url_scheme}://{_local_host(config.server.host)}:{port}"
+            logger.info("serving on %s, %d API keys", url, len(api_keys))
+            if not api_keys and not is_loopback(config.server.host):
+                logger.warning("server.allow_unauthenticated: whoever reaches %s is served", url)
             _write_ready_file(ready_file, url, ray_address)
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             logger.info("stopping")
@@ -141,6 +148,11 @@ def _listen(config: RunConfig) -> socket.socket:
             param="server.port",
         ) from exc
     return listener
+
+
+def _local_host(host: str) -> str:
+    """How this machine reaches the server: all addresses is not one of them."""
+    return "127.0.0.1" if host in ("", "0.0.0.0") else host
 
 
 def _write_ready_file(path: Path, url: str, ray_address: str) -> None:

@@ -6,6 +6,8 @@
     ├── ConfigurationError          before anything starts; exit code 2
     ├── RequestError                the caller's fault: 4xx, never retried
     │   ├── InvalidRequestError     400  a value is wrong
+    │   ├── AuthenticationError     401  no API key, or one that this server does not know
+    │   ├── ForbiddenError          403  the API key lacks the scope
     │   ├── UnknownResourceError    404  an id that does not exist
     │   │   └── ModelNotFoundError  404  a model this server does not serve
     │   ├── ConflictError           409  version or idempotency conflict
@@ -62,6 +64,20 @@ class RequestError(SlipstreamError):
 
 class InvalidRequestError(RequestError):
     """A field of the request has a wrong value."""
+
+
+class AuthenticationError(RequestError):
+    """The request carries no API key, or one that the server does not know."""
+
+    status = 401
+    code = "unauthenticated"
+
+
+class ForbiddenError(RequestError):
+    """The API key is good, but not for this."""
+
+    status = 403
+    code = "forbidden"
 
 
 class UnknownResourceError(RequestError):

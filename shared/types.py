@@ -198,3 +198,21 @@ PUSH_TRANSITIONS: dict[PushPhase, frozenset[PushPhase]] = {
     PushPhase.COMMITTED: frozenset(),
     PushPhase.REFUSED: frozenset(),
 }
+
+
+class ApiScope(StrEnum):
+    """What an API key allows. None includes another."""
+
+    ROLLOUT = "rollout"
+    """Generate, fetch and abort: ``/v1/rollouts``, ``/v1/completions``, ``/v1/models``."""
+    ADMIN = "admin"
+    """See and steer engines, weights and speculation; and read ``/metrics``."""
+    METRICS = "metrics"
+    """Read ``/metrics``."""
+
+
+class NetworkAccess(StrEnum):
+    """Whether scoring workers may open sockets."""
+
+    ALLOW = "allow"
+    DENY = "deny"

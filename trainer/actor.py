@@ -10,6 +10,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from shared.config.run import RunConfig
+from shared.credentials import ClientCredentials
 from shared.logging import configure_logging
 from trainer.status import StatusBoard, TrainerPhase, TrainerStatus
 
@@ -22,9 +23,12 @@ LOGGER = logging.getLogger(__name__)
 class TrainerActor:
     """Runs one training job."""
 
-    def __init__(self, config: RunConfig, *, resume: bool) -> None:
+    def __init__(
+        self, config: RunConfig, *, resume: bool, credentials: ClientCredentials | None = None
+    ) -> None:
         configure_logging(config.log_level, "trainer")
         self._config = config
+        self._credentials = credentials
         self._resume = resume
         self._board = StatusBoard(config.trainer.num_steps)
         self._stop = threading.Event()
@@ -61,7 +65,11 @@ class TrainerActor:
         from trainer.setup import build_trainer
 
         trainer = build_trainer(
-            self._config, resume=self._resume, board=self._board, stop=self._stop
+            self._config,
+            self._credentials,
+            resume=self._resume,
+            board=self._board,
+            stop=self._stop,
         )
         with trainer.client, trainer.speculation:
             self._loop = trainer.loop

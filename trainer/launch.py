@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import ray
 
+from shared.cli.run_access import trainer_credentials
 from shared.config.run import RunConfig
 from shared.errors import SlipstreamError
 from trainer.actor import TrainerActor
@@ -36,6 +38,9 @@ def run_on_ray(config: RunConfig, *, resume: bool) -> TrainerPhase:
         ConfigurationError: the configuration cannot be trained with.
         SlipstreamError: training failed, the actor died or did not stop in time.
     """
+    # Here and not in the actor, which may run on a machine without the files, and does not have
+    # this process's environment.
+    credentials = trainer_credentials(config.trainer, os.environ)
     with _cluster(config), _stop_signals() as num_signals:
         actor = (
             ray.remote(TrainerActor)
@@ -44,7 +49,7 @@ def run_on_ray(config: RunConfig, *, resume: bool) -> TrainerPhase:
                 num_gpus=_num_gpus(config),
                 max_concurrency=MAX_CONCURRENCY,
             )
-            .remote(config, resume=resume)
+            .remote(config, resume=resume, credentials=credentials)
         )
         try:
             return _wait(actor, actor.run.remote(), num_signals)

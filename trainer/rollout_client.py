@@ -19,6 +19,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from shared.cli.api_client import error_from_response
+from shared.credentials import ClientCredentials, is_untrusted_certificate
 from shared.errors import SlipstreamError, UnavailableError
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest, StreamLine
 from shared.schemas.speculation import SpeculationResponse
@@ -50,6 +51,7 @@ class RolloutClient:
         url: str,
         *,
         timeout_s: float,
+        credentials: ClientCredentials | None = None,
         transport: httpx.BaseTransport | None = None,
         pause: Callable[[float], object] = sleep,
         clock: Callable[[], float] = monotonic,
@@ -57,14 +59,18 @@ class RolloutClient:
         """
         Args:
             timeout_s: longest wait without any progress (``trainer.api_timeout_s``).
+            credentials: API key and certificates, for a server that wants them.
             pause: waits the given seconds; returning True (an event that was set) ends the retries.
         """
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._pause = pause
         self._clock = clock
+        credentials = credentials or ClientCredentials()
         self._http = httpx.Client(
             base_url=self.url,
+            headers=credentials.headers(),
+            verify=credentials.verification(),
             transport=transport,
             timeout=self._timeout(timeout_s),
         )
@@ -253,6 +259,11 @@ def _mapped(url: str, what: str) -> Iterator[None]:
     try:
         yield
     except httpx.TransportError as exc:
+        if is_untrusted_certificate(exc):
+            raise SlipstreamError(
+                f"the certificate of {url} is not trusted ({exc}): name its authority with "
+                "trainer.ca_file or SLIPSTREAM_CA_FILE"
+            ) from exc
         detail = str(exc) or type(exc).__name__
         raise UnavailableError(f"{what} at {url} failed: {detail}") from exc
     except ValidationError as exc:

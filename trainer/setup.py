@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from shared.config.run import RunConfig
+from shared.credentials import ClientCredentials
 from shared.errors import ConfigurationError
 from trainer.checkpoint import Checkpoint, CheckpointStore, restore
 from trainer.loop import LoopParts, TrainingLoop
@@ -42,7 +43,12 @@ class Trainer:
 
 
 def build_trainer(
-    config: RunConfig, *, resume: bool, board: StatusBoard, stop: threading.Event
+    config: RunConfig,
+    credentials: ClientCredentials | None,
+    *,
+    resume: bool,
+    board: StatusBoard,
+    stop: threading.Event,
 ) -> Trainer:
     """Load everything and agree with the server on a version.
 
@@ -70,7 +76,12 @@ def build_trainer(
     )
     task = build_task(options.task)
     policy, tokenizer, optimization = _build_policy(config, checkpoint)
-    client = RolloutClient(options.server_url, timeout_s=options.api_timeout_s, pause=stop.wait)
+    client = RolloutClient(
+        options.server_url,
+        timeout_s=options.api_timeout_s,
+        credentials=credentials,
+        pause=stop.wait,
+    )
     client.wait_until_ready()
     record = VersionRecord(config.run_dir / VERSION_FILE)
     publisher = Publisher(

@@ -1,5 +1,6 @@
 """The HTTP edge: FastAPI routes by plane, over ``RolloutService``. Nothing here decides anything.
 
-Bodies are read and validated in ``bodies``, limits checked in ``limits``, errors mapped once in
-``errors``; ``middleware`` carries request ids, metrics and the limit on body size.
+Callers are checked in ``access``, bodies read and validated in ``bodies``, limits checked in
+``limits``, errors mapped once in ``errors``; ``middleware`` carries request ids, metrics and the
+limit on body size.
 """

@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
+from rollout_server.api.access import describe_security
 from rollout_server.api.errors import BodyError, HttpError
 from shared.schemas.base import ErrorResponse
 from shared.schemas.completions import CompletionRequest
@@ -80,6 +81,8 @@ def install_openapi(app: FastAPI) -> None:
             components = schema.setdefault("components", {}).setdefault("schemas", {})
             for name, definition in definitions["$defs"].items():
                 components.setdefault(name, definition)
+            if app.state.api_keys:
+                describe_security(schema, app.routes)
             app.openapi_schema = schema
         return app.openapi_schema
 

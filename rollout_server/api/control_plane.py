@@ -6,15 +6,18 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
+from rollout_server.api.access import needs
 from rollout_server.api.bodies import body_of, json_response, read_body
 from rollout_server.api.dependencies import Service
 from rollout_server.status_poller import NO_HISTORY_STEP
+from shared.api_keys import ApiKey
 from shared.schemas.base import ErrorResponse
 from shared.schemas.engines import EnginesResponse, ScaleRequest
 from shared.schemas.speculation import SpeculationChange, SpeculationResponse
 from shared.schemas.weights import AuditResponse, PublishRequest, PublishResponse, WeightsResponse
+from shared.types import ApiScope
 
-router = APIRouter(tags=["control"])
+router = APIRouter(tags=["control"], dependencies=needs(ApiScope.ADMIN))
 
 SinceStep = Annotated[
     int,
@@ -109,4 +112,6 @@ async def patch_speculation(request: Request, service: Service) -> Response:
 def caller_of(request: Request) -> str:
     """Who asked, as the log shall name it."""
     address = request.client.host if request.client is not None else "an unknown address"
-    return f"request {request.state.request_id} from {address}"
+    key: ApiKey | None = getattr(request.state, "api_key", None)
+    who = "" if key is None else f" with API key {key.name!r}"
+    return f"request {request.state.request_id} from {address}{who}"

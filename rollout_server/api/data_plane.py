@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
+from rollout_server.api.access import needs
 from rollout_server.api.bodies import body_of, read_body
 from rollout_server.api.dependencies import Service
 from rollout_server.api.errors import error_body, slipstream_error_response
@@ -18,9 +19,9 @@ from shared.schemas.rollouts import (
     RolloutStatusResponse,
     StreamLine,
 )
-from shared.types import RolloutRunState
+from shared.types import ApiScope, RolloutRunState
 
-router = APIRouter(tags=["rollouts"])
+router = APIRouter(tags=["rollouts"], dependencies=needs(ApiScope.ROLLOUT))
 
 
 @router.post(

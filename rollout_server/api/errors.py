@@ -27,6 +27,13 @@ MAX_SHOWN_PROBLEMS = 3
 MAX_MESSAGE_CHARACTERS = 2000
 """Messages quote what was sent, and what was sent may be long."""
 
+CHALLENGES = {
+    "unauthenticated": 'Bearer realm="slipstream"',
+    "invalid_api_key": 'Bearer realm="slipstream", error="invalid_token"',
+    "forbidden": 'Bearer realm="slipstream", error="insufficient_scope"',
+}
+"""``WWW-Authenticate`` by error code (RFC 6750, section 3)."""
+
 _FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _UNION_TAGS = frozenset({"str", "int", "float", "bool", "list", "dict", "none", "nullable"})
 
@@ -62,6 +69,10 @@ def error_body(error: SlipstreamError) -> ErrorBody:
 
 def error_type(status: int) -> str:
     """Family of a status."""
+    if status == 401:
+        return "authentication_error"
+    if status == 403:
+        return "permission_error"
     if status == 429:
         return "rate_limit_error"
     if status == 503:
@@ -74,6 +85,8 @@ def error_response(status: int, body: ErrorBody, retry_after_s: float | None = N
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s or 1.0)))
+    if body.code in CHALLENGES:
+        headers["WWW-Authenticate"] = CHALLENGES[body.code]
     return Response(
         ErrorResponse(error=body).model_dump_json(),
         status_code=status,

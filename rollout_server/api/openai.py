@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
+from rollout_server.api.access import needs
 from rollout_server.api.bodies import body_of, json_response, read_body
 from rollout_server.api.dependencies import Service
 from rollout_server.api.errors import HttpError, error_body
@@ -24,8 +25,9 @@ from shared.schemas.completions import (
     ModelCard,
     ModelList,
 )
+from shared.types import ApiScope
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], dependencies=needs(ApiScope.ROLLOUT))
 
 STARTED = int(time.time())
 CLIENT_CLOSED_REQUEST = 499

@@ -7,10 +7,12 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter, Response
 
+from rollout_server.api.access import needs
 from rollout_server.api.bodies import json_response
 from rollout_server.api.dependencies import Service
 from shared.schemas.base import ErrorResponse
 from shared.schemas.operations import LivezResponse, ReadyzResponse, VersionResponse
+from shared.types import ApiScope
 
 router = APIRouter(tags=["operations"])
 
@@ -34,13 +36,18 @@ async def readyz(service: Service) -> Response:
     return json_response(service.readiness())
 
 
-@router.get("/metrics", response_model=None)
+@router.get("/metrics", response_model=None, dependencies=needs(ApiScope.METRICS, ApiScope.ADMIN))
 async def metrics(service: Service) -> Response:
     """Prometheus text format."""
     return Response(service.metrics.render(), media_type=PROMETHEUS_TEXT)
 
 
-@router.get("/version", response_model=None, responses={200: {"model": VersionResponse}})
+@router.get(
+    "/version",
+    response_model=None,
+    responses={200: {"model": VersionResponse}},
+    dependencies=needs(*ApiScope),
+)
 async def get_version(service: Service) -> Response:
     """Versions, the served model and the known rewards."""
     model = service.model

@@ -58,7 +58,7 @@ def check_prompt_tokens(
     if len(token_ids) + max_tokens > model.max_model_len:
         raise InvalidRequestError(
             f"{param} has {len(token_ids)} tokens and max_tokens is {max_tokens}: together above "
-            f"max_model_len {model.max_model_len}",
+            f"model.max_model_len {model.max_model_len}",
             param=param,
         )
 

@@ -59,10 +59,7 @@ class ScoringPool:
             ConfigurationError: a user reward cannot be imported.
             ScoringError: the workers do not start.
         """
-        seats = [
-            WorkerSeat(self._config.rewards, self._config.timeout_s, self._clock)
-            for _ in range(self._config.num_workers)
-        ]
+        seats = [WorkerSeat(self._config, self._clock) for _ in range(self._config.num_workers)]
         try:
             # Each start ends by itself, within its own time limit, and cleans up after itself.
             outcomes = await asyncio.gather(

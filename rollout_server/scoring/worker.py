@@ -17,6 +17,7 @@ import sys
 import traceback
 from typing import Any, BinaryIO
 
+from rollout_server.scoring.confinement import WorkerLimits
 from rollout_server.scoring.frames import encode_frame, read_frame
 from rollout_server.scoring.registry import BUILTIN_REWARDS, RewardFunction, import_reward
 from rollout_server.scoring.signature import read_signature
@@ -35,6 +36,13 @@ def main() -> None:
         return
     functions = {name: reward.function for name, reward in BUILTIN_REWARDS.items()}
     signatures = {}
+    limits = WorkerLimits.from_json(setup["limits"])
+    try:
+        # Before anything of the user is imported: an import is code too.
+        limits.apply()
+    except OSError as exc:
+        _send(results, {"refused": f"{exc.strerror or exc}"})
+        return
     for name, target in setup["rewards"].items():
         try:
             functions[name] = import_reward(target)
@@ -45,6 +53,7 @@ def main() -> None:
             return
     _send(results, {"signatures": signatures})
     while (job := read_frame(jobs)) is not None:
+        limits.start_sample()
         _send(results, run_job(functions, job))
 
 
@@ -84,7 +93,8 @@ def _read_returned(returned: object) -> dict[str, Any]:
 def _describe(exc: BaseException) -> str:
     frames = traceback.extract_tb(exc.__traceback__)
     where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
-    return f"{type(exc).__name__}: {exc}"[:MAX_ERROR_CHARS] + where
+    limit = " above scoring.max_memory_mib?" if isinstance(exc, MemoryError) else ""
+    return f"{type(exc).__name__}: {exc}"[:MAX_ERROR_CHARS] + limit + where
 
 
 def _send(results: BinaryIO, message: dict[str, Any]) -> None:

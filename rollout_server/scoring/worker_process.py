@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rollout_server.scoring.confinement import WorkerLimits
 from rollout_server.scoring.frames import (
     LENGTH_NUM_BYTES,
     decode_body,
@@ -18,10 +19,13 @@ from rollout_server.scoring.frames import (
     frame_num_bytes,
 )
 from rollout_server.scoring.signature import RewardSignature
+from shared.api_keys import KEYS_VARIABLE
+from shared.credentials import KEY_FILE_VARIABLE, KEY_VARIABLE
 from shared.errors import ConfigurationError, ScoringError
 
 logger = logging.getLogger(__name__)
 
+SECRET_VARIABLES = frozenset({KEYS_VARIABLE, KEY_VARIABLE, KEY_FILE_VARIABLE, "RAY_AUTH_TOKEN"})
 START_TIMEOUT_S = 60.0
 """For a worker to start and import the user's rewards, on a machine that is busy with engines."""
 REAP_TIMEOUT_S = 10.0
@@ -41,12 +45,13 @@ class WorkerProcess:
 
     @classmethod
     async def start(
-        cls, rewards: Mapping[str, str]
+        cls, rewards: Mapping[str, str], limits: WorkerLimits
     ) -> tuple[WorkerProcess, dict[str, RewardSignature]]:
         """Start a worker and wait until it has imported everything.
 
         Args:
             rewards: user rewards, name to ``module:function``.
+            limits: what the worker puts on itself before it imports them.
 
         Returns:
             The worker and the signatures of the user rewards.
@@ -74,7 +79,14 @@ class WorkerProcess:
         worker = cls(process)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                hello = await worker.ask(encode_frame({"rewards": dict(rewards)}))
+                setup = {"rewards": dict(rewards), "limits": limits.to_json()}
+                hello = await worker.ask(encode_frame(setup))
+            if "refused" in hello:
+                raise ConfigurationError(
+                    f"scoring.network, scoring.max_memory_mib or scoring.max_cpu_s cannot be put "
+                    f"on a scoring worker here: {hello['refused']}",
+                    param="scoring",
+                )
             if "failed" in hello:
                 name = hello["failed"]
                 raise ConfigurationError(
@@ -159,11 +171,14 @@ class WorkerProcess:
         except TimeoutError:
             return "the worker closed its pipe"
         if code < 0:
-            return f"the worker was ended by {signal.Signals(-code).name}"
+            limit = " (scoring.max_cpu_s)" if -code == signal.SIGXCPU else ""
+            return f"the worker was ended by {signal.Signals(-code).name}{limit}"
         return f"the worker ended with exit code {code}"
 
 
 def _environment() -> dict[str, str]:
-    """Let the worker import what the parent can, then what lies in the working directory."""
+    """Let the worker import what the parent can, then what lies in the working directory; but
+    keep from it the keys to the API and to the Ray cluster."""
     path = [entry or os.getcwd() for entry in sys.path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([*path, os.getcwd()])}
+    kept = {name: value for name, value in os.environ.items() if name not in SECRET_VARIABLES}
+    return {**kept, "PYTHONPATH": os.pathsep.join([*path, os.getcwd()])}

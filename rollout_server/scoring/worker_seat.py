@@ -6,14 +6,16 @@ import asyncio
 import logging
 from collections.abc import Mapping
 
+from rollout_server.scoring.confinement import WorkerLimits
 from rollout_server.scoring.frames import encode_frame
 from rollout_server.scoring.signature import RewardSignature
 from rollout_server.scoring.types import RewardResult, ScoreJob
 from rollout_server.scoring.worker_process import WorkerCrashError, WorkerProcess
 from shared.clock import Clock
+from shared.config.server import ScoringConfig
 from shared.errors import ConfigurationError, ScoringError
 from shared.schemas.base import JsonObject
-from shared.types import RewardStatus
+from shared.types import NetworkAccess, RewardStatus
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +23,14 @@ logger = logging.getLogger(__name__)
 class WorkerSeat:
     """Runs one job at a time. Owned by one task of the pool."""
 
-    def __init__(self, rewards: Mapping[str, str], timeout_s: float, clock: Clock) -> None:
-        self._rewards = rewards
-        self._timeout_s = timeout_s
+    def __init__(self, config: ScoringConfig, clock: Clock) -> None:
+        self._rewards: Mapping[str, str] = config.rewards
+        self._timeout_s = config.timeout_s
+        self._limits = WorkerLimits(
+            max_cpu_s=config.max_cpu_s,
+            max_memory_mib=config.max_memory_mib,
+            denies_network=config.network is NetworkAccess.DENY,
+        )
         self._clock = clock
         self._worker: WorkerProcess | None = None
 
@@ -34,7 +41,7 @@ class WorkerSeat:
             ConfigurationError: a user reward cannot be imported.
             ScoringError: the process does not come up.
         """
-        self._worker, signatures = await WorkerProcess.start(self._rewards)
+        self._worker, signatures = await WorkerProcess.start(self._rewards, self._limits)
         return signatures
 
     async def run(self, job: ScoreJob) -> RewardResult:

@@ -10,6 +10,7 @@ from typing import Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from shared.credentials import ClientCredentials, is_untrusted_certificate
 from shared.errors import (
     ConflictError,
     RequestError,
@@ -39,12 +40,22 @@ class ApiClient:
     """
 
     def __init__(
-        self, url: str, timeout_s: float, transport: httpx.BaseTransport | None = None
+        self,
+        url: str,
+        timeout_s: float,
+        credentials: ClientCredentials | None = None,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
-        timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s))
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, transport=transport)
+        credentials = credentials or ClientCredentials()
+        self._http = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
+            headers=credentials.headers(),
+            verify=credentials.verification(),
+            transport=transport,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +128,11 @@ class ApiClient:
         try:
             yield
         except httpx.ConnectError as exc:
+            if is_untrusted_certificate(exc):
+                raise SlipstreamError(
+                    f"the certificate of {self.url} is not trusted ({exc}): name its authority "
+                    "with --ca-file or SLIPSTREAM_CA_FILE"
+                ) from exc
             raise UnavailableError(
                 f"no server answers at {self.url} ({exc}); start one with `slipstream serve`, or "
                 "name it with --url or SLIPSTREAM_URL"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from shared.cli.options import ConfigOption, JsonOption, SetOption, resolve_serving_config
+from shared.cli.options import ConfigOption, JsonOption, SetOption, resolve_server_config
 from shared.cli.output import print_json
 from shared.config.loading import dump_run_config
 
@@ -16,7 +16,7 @@ def show_config(
     config: ConfigOption = None, set_: SetOption = None, as_json: JsonOption = False
 ) -> None:
     """File, environment and --set merged, checked and printed with every default."""
-    resolved = resolve_serving_config(config, set_)
+    resolved = resolve_server_config(config, set_)
     if as_json:
         print_json(resolved)
     else:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 
 from shared.cli.doctor_checks import CheckResult, CheckStatus
+from shared.cli.doctor_security import security_checks
 from shared.config.model_support import check_configured_model
 from shared.config.run import RunConfig
 from shared.errors import ConfigurationError
@@ -21,30 +21,13 @@ CPU_INFO = Path("/proc/cpuinfo")
 def configuration_checks(config: RunConfig) -> list[CheckResult]:
     """Every check of one resolved configuration."""
     return [
-        check_host(config.server.host),
         check_model(config),
-        check_remote_code(config),
         check_kv_budget(config),
         check_cores(config, len(os.sched_getaffinity(0))),
         check_transport(config),
         check_drafter(config, has_vnni=has_vnni(CPU_INFO)),
+        *security_checks(config, os.environ),
     ]
-
-
-def check_host(host: str) -> CheckResult:
-    """The API carries weights and has no accounts: it belongs on loopback or a private network."""
-    if is_loopback(host):
-        return CheckResult(name="server.host", status=CheckStatus.OK, detail=host)
-    detail = f"{host} is reachable from other machines: whoever reaches it can replace the weights"
-    return CheckResult(name="server.host", status=CheckStatus.WARNING, detail=detail)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check_model(config: RunConfig) -> CheckResult:
@@ -61,14 +44,6 @@ def check_model(config: RunConfig) -> CheckResult:
         return CheckResult(name="model.path", status=CheckStatus.OK, detail=detail)
     detail = f"{path} is not a model directory here: it is taken for a name on the model hub"
     return CheckResult(name="model.path", status=CheckStatus.WARNING, detail=detail)
-
-
-def check_remote_code(config: RunConfig) -> CheckResult:
-    """Code from a model directory runs with all rights of the engine."""
-    if not config.model.trust_remote_code:
-        return CheckResult(name="model.trust_remote_code", status=CheckStatus.OK, detail="false")
-    detail = "true: python files of the model directory are executed"
-    return CheckResult(name="model.trust_remote_code", status=CheckStatus.WARNING, detail=detail)
 
 
 def check_kv_budget(config: RunConfig) -> CheckResult:

@@ -7,8 +7,15 @@ from typing import Annotated
 
 import typer
 
-from shared.cli.api_client import ApiClient
-from shared.cli.options import DEFAULT_URL, JsonOption, TimeoutOption, UrlOption
+from shared.cli.options import (
+    DEFAULT_URL,
+    ApiKeyFileOption,
+    CaFileOption,
+    JsonOption,
+    TimeoutOption,
+    UrlOption,
+    connect,
+)
 from shared.cli.output import print_json, print_table
 from shared.errors import UnavailableError
 from shared.schemas.engines import EnginesResponse, ScaleRequest
@@ -21,10 +28,14 @@ WAIT_POLL_S = 0.5
 
 @engines_app.command("list")
 def list_engines(
-    url: UrlOption = DEFAULT_URL, timeout_s: TimeoutOption = 10.0, as_json: JsonOption = False
+    url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
+    timeout_s: TimeoutOption = 10.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Engines with their state, load and weight versions."""
-    with ApiClient(url, timeout_s) as client:
+    with connect(url, timeout_s, api_key_file, ca_file) as client:
         show_engines(client.get("/v1/engines", EnginesResponse), as_json)
 
 
@@ -35,11 +46,13 @@ def scale_engines(
         float, typer.Option("--wait", min=0.0, metavar="SECONDS", help="Wait until they serve.")
     ] = 0.0,
     url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
     timeout_s: TimeoutOption = 10.0,
     as_json: JsonOption = False,
 ) -> None:
     """Set the number of engines; new ones start, surplus ones finish their work and go."""
-    with ApiClient(url, timeout_s) as client:
+    with connect(url, timeout_s, api_key_file, ca_file) as client:
         answer = client.send("PUT", "/v1/engines", ScaleRequest(count=count), EnginesResponse)
         deadline = time.monotonic() + wait_s
         while wait_s and not has_settled(answer):

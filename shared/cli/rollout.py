@@ -16,7 +16,14 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shared.cli.api_client import ApiClient
-from shared.cli.options import DEFAULT_URL, JsonOption, UrlOption
+from shared.cli.options import (
+    DEFAULT_URL,
+    ApiKeyFileOption,
+    CaFileOption,
+    JsonOption,
+    UrlOption,
+    connect,
+)
 from shared.cli.output import print_json, stderr_console
 from shared.errors import ConfigurationError, UnavailableError
 from shared.schemas.rollouts import (
@@ -62,6 +69,8 @@ def rollout(
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS",
         help="Longest silence between two results.")] = 1800.0,
     url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Sample completions for a file of prompts; can be stopped and started again."""
@@ -79,7 +88,7 @@ def rollout(
         console.print(f"{num_skipped} of {len(numbered)} prompts are in {output} already")
     columns = (TextColumn("rollouts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        ApiClient(url, timeout_s) as client,
+        connect(url, timeout_s, api_key_file, ca_file) as client,
         output.open("a", encoding="utf-8") as file,
         Progress(*columns, console=console) as progress,
     ):

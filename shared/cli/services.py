@@ -17,6 +17,7 @@ from shared.cli.options import (
     JsonOption,
     SetOption,
     resolve_config,
+    resolve_server_config,
     resolve_serving_config,
 )
 from shared.cli.output import print_json, stderr_console
@@ -41,7 +42,7 @@ def serve(
     ] = False,
 ) -> None:
     """Start the rollout server in the foreground."""
-    claimed = claim_run_directory(resolve_serving_config(config, set_), resume=resume)
+    claimed = claim_run_directory(resolve_server_config(config, set_), resume=resume)
     path = write_config(claimed, claimed.run_dir / "config.yaml")
     raise typer.Exit(run_module("rollout_server", ["--config", str(path)]))
 
@@ -81,7 +82,7 @@ def run(
     """Run a whole job: model if needed, server, trainer, live view, report, summary."""
     console = stderr_console()
     try:
-        with Supervisor(resolve_serving_config(config, set_), resume=resume) as supervisor:
+        with Supervisor(resolve_server_config(config, set_), resume=resume) as supervisor:
             console.print(f"run directory: {supervisor.run_dir}", highlight=False)
             supervisor.make_model()
             with console.status("starting engines"):

@@ -7,8 +7,15 @@ from typing import Annotated
 
 import typer
 
-from shared.cli.api_client import ApiClient
-from shared.cli.options import DEFAULT_URL, JsonOption, TimeoutOption, UrlOption
+from shared.cli.options import (
+    DEFAULT_URL,
+    ApiKeyFileOption,
+    CaFileOption,
+    JsonOption,
+    TimeoutOption,
+    UrlOption,
+    connect,
+)
 from shared.cli.output import print_json, print_table
 from shared.cli.processes import run_module
 from shared.errors import ConfigurationError
@@ -31,10 +38,14 @@ COLUMNS = (
 
 @speculation_app.command("show")
 def show_speculation(
-    url: UrlOption = DEFAULT_URL, timeout_s: TimeoutOption = 10.0, as_json: JsonOption = False
+    url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
+    timeout_s: TimeoutOption = 10.0,
+    as_json: JsonOption = False,
 ) -> None:
     """The policy, and what each engine does because of it."""
-    with ApiClient(url, timeout_s) as client:
+    with connect(url, timeout_s, api_key_file, ca_file) as client:
         # The latest decision of each engine tells what was predicted of it.
         answer = client.get("/v1/speculation?history=1", SpeculationResponse)
     print_speculation(answer, as_json)
@@ -86,6 +97,8 @@ def set_speculation(
         ),
     ] = None,
     url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
     timeout_s: TimeoutOption = 10.0,
     as_json: JsonOption = False,
 ) -> None:
@@ -109,7 +122,7 @@ def set_speculation(
     )
     if not change.patch.model_dump(exclude_none=True):
         raise ConfigurationError("nothing to change: give at least one option, see --help")
-    with ApiClient(url, timeout_s) as client:
+    with connect(url, timeout_s, api_key_file, ca_file) as client:
         answer = client.send("PATCH", "/v1/speculation", change, SpeculationResponse)
     print_speculation(answer, as_json)
 

@@ -17,9 +17,11 @@ import httpx
 import typer
 
 from shared.cli.processes import ChildProcess, file_tail, wait_for_exit
+from shared.cli.run_access import prepare_run_access
 from shared.cli.run_directory import SERVER_FILE, claim_run_directory, write_config
 from shared.config.run import RunConfig
 from shared.config.trainer import ArithmeticTaskConfig
+from shared.credentials import ClientCredentials, is_untrusted_certificate
 from shared.errors import SlipstreamError
 
 POLL_S = 0.2
@@ -47,6 +49,7 @@ class Supervisor:
     whatever it started is stopped, the latest first."""
 
     def __init__(self, config: RunConfig, *, resume: bool) -> None:
+        self._access = prepare_run_access(config, os.environ)
         self.config = claim_run_directory(config, resume=resume)
         self.run_dir = self.config.run_dir
         self._resume = resume
@@ -102,7 +105,13 @@ class Supervisor:
         config = self.config.model_copy(update={"weights": weights})
         config_path = write_config(config, self.run_dir / "config.yaml")
         log_path = self.run_dir / "server.log"
-        server = self._start("server", "rollout_server", ["--config", str(config_path)], log_path)
+        server = self._start(
+            "server",
+            "rollout_server",
+            ["--config", str(config_path)],
+            log_path,
+            self._access.server_environment,
+        )
         timeout_s = self.config.engine.start_timeout_s * max(1, self.config.engine.count)
         deadline = time.monotonic() + timeout_s
         address: ServerAddress | None = None
@@ -113,7 +122,7 @@ class Supervisor:
                 )
             if address is None:
                 address = read_server_file(self.run_dir / SERVER_FILE)
-            elif is_ready(address.url):
+            elif is_ready(address.url, self._access.credentials):
                 return address
             time.sleep(POLL_S)
         waited_for = "/readyz" if address else SERVER_FILE
@@ -133,7 +142,13 @@ class Supervisor:
         config_path = write_config(trainer_config, self.run_dir / "trainer.yaml")
         arguments = ["--config", str(config_path), *(["--resume"] if self._resume else [])]
         server = self._children[-1]
-        trainer = self._start("trainer", "trainer", arguments, self.run_dir / "trainer.log")
+        trainer = self._start(
+            "trainer",
+            "trainer",
+            arguments,
+            self.run_dir / "trainer.log",
+            self._access.trainer_environment,
+        )
         view_arguments = [str(self.run_dir), "--pid", str(trainer.pid)]
         view = self._start("live view", "trainer.progress", view_arguments, None)
         while (code := trainer.poll()) is None:
@@ -153,9 +168,15 @@ class Supervisor:
         self._finish(child, code, f"no report after {REPORT_TIMEOUT_S:g} s")
 
     def _start(
-        self, name: str, module: str, arguments: list[str], log_path: Path | None
+        self,
+        name: str,
+        module: str,
+        arguments: list[str],
+        log_path: Path | None,
+        secrets_of_child: Mapping[str, str] | None = None,
     ) -> ChildProcess:
-        child = ChildProcess(name, module, arguments, log_path, self._environment)
+        environment = self._environment | dict(secrets_of_child or {})
+        child = ChildProcess(name, module, arguments, log_path, environment)
         self._children.append(child)
         return child
 
@@ -186,10 +207,22 @@ def read_server_file(path: Path) -> ServerAddress | None:
     return ServerAddress(url=str(data["url"]), ray_address=data.get("ray_address"))
 
 
-def is_ready(url: str) -> bool:
-    """Whether ``/readyz`` answers 200."""
+def is_ready(url: str, credentials: ClientCredentials) -> bool:
+    """Whether ``/readyz`` answers 200.
+
+    Raises:
+        RunFailedError: the server's certificate is not trusted, which no waiting will change.
+    """
     try:
-        return httpx.get(f"{url}/readyz", timeout=5.0).status_code == 200
+        verify = credentials.verification()
+        return httpx.get(f"{url}/readyz", timeout=5.0, verify=verify).status_code == 200
+    except httpx.ConnectError as exc:
+        if is_untrusted_certificate(exc):
+            raise RunFailedError(
+                f"the certificate of {url} is not trusted ({exc}): set trainer.ca_file to the "
+                "authority of server.tls_certificate_file, which has to name this host"
+            ) from exc
+        return False
     except httpx.HTTPError:
         return False
 

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from shared.cli.api_client import ApiClient
-from shared.cli.options import DEFAULT_URL, JsonOption, TimeoutOption, UrlOption
+from shared.cli.options import (
+    DEFAULT_URL,
+    ApiKeyFileOption,
+    CaFileOption,
+    JsonOption,
+    TimeoutOption,
+    UrlOption,
+    connect,
+)
 from shared.cli.output import print_json, print_table
 from shared.schemas.weights import AuditRequest, AuditResponse, WeightsResponse
 
@@ -14,10 +21,14 @@ weights_app = typer.Typer(help="See and audit which weights are served.", no_arg
 
 @weights_app.command("show")
 def show_weights(
-    url: UrlOption = DEFAULT_URL, timeout_s: TimeoutOption = 10.0, as_json: JsonOption = False
+    url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
+    timeout_s: TimeoutOption = 10.0,
+    as_json: JsonOption = False,
 ) -> None:
     """The committed version, the engines' versions and the latest pushes."""
-    with ApiClient(url, timeout_s) as client:
+    with connect(url, timeout_s, api_key_file, ca_file) as client:
         answer = client.get("/v1/weights", WeightsResponse)
     if as_json:
         print_json(answer)
@@ -36,13 +47,17 @@ def show_weights(
 
 @weights_app.command("audit")
 def audit_weights(
-    url: UrlOption = DEFAULT_URL, timeout_s: TimeoutOption = 300.0, as_json: JsonOption = False
+    url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
+    timeout_s: TimeoutOption = 300.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Compare what every engine computes with, with what is committed. Exit code 1 if not equal.
 
     Engines go on generating; one with other weights is taken out and replaced.
     """
-    with ApiClient(url, timeout_s) as client:
+    with connect(url, timeout_s, api_key_file, ca_file) as client:
         answer = client.send("POST", "/v1/weights/audit", AuditRequest(), AuditResponse)
     if as_json:
         print_json(answer)

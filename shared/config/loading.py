@@ -14,14 +14,25 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from shared.api_keys import KEYS_VARIABLE
 from shared.config.run import RunConfig
+from shared.credentials import CA_FILE_VARIABLE, KEY_FILE_VARIABLE, KEY_VARIABLE
 from shared.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "SLIPSTREAM_"
 RESERVED_ENVIRONMENT = frozenset(
-    {"SLIPSTREAM_TORCH_INDEX_URL", "SLIPSTREAM_URL", "SLIPSTREAM_VLLM_PLUGIN"}
+    {
+        "SLIPSTREAM_TORCH_INDEX_URL",
+        "SLIPSTREAM_URL",
+        "SLIPSTREAM_VLLM_PLUGIN",
+        KEYS_VARIABLE,
+        KEY_VARIABLE,
+        KEY_FILE_VARIABLE,
+        CA_FILE_VARIABLE,
+    }
 )
-"""Variables of ours that are not settings (used by the installer, the CLI and the vLLM plugin)."""
+"""Variables of ours that are not settings: of the installer, the CLI and the vLLM plugin; and
+secrets, which a configuration must not hold, because it is printed and written to files."""
 
 
 def load_run_config(
@@ -64,9 +75,9 @@ def validate_run_config(data: Mapping[str, Any]) -> RunConfig:
         problems = []
         for error in exc.errors():
             key = ".".join(str(part) for part in error["loc"]) or "configuration"
-            shown = (
-                "" if error["type"] in ("missing", "value_error") else f" (got {error['input']!r})"
-            )
+            # The value of an unknown key says nothing, and may be a password in a wrong place.
+            hidden = error["type"] in ("missing", "value_error", "extra_forbidden")
+            shown = "" if hidden else f" (got {error['input']!r})"
             problems.append(f"{key}: {error['msg'].removeprefix('Value error, ')}{shown}")
         first = ".".join(str(part) for part in exc.errors()[0]["loc"]) or None
         raise ConfigurationError("; ".join(problems), param=first) from exc

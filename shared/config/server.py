@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from shared.config.base import SettingsModel
+from shared.types import NetworkAccess
 
 
 class LimitsConfig(SettingsModel):
@@ -14,6 +17,16 @@ class LimitsConfig(SettingsModel):
     max_prompts_per_request: int = Field(default=4096, ge=1)
     max_n: int = Field(default=256, ge=1)
     max_tokens: int = Field(default=131072, ge=1)
+    max_stops: int = Field(default=16, ge=0)
+    """Stop strings of a request."""
+    max_stop_characters: int = Field(default=1024, ge=1)
+    """Of one stop string."""
+    max_stop_token_ids: int = Field(default=64, ge=0, le=128)
+    """vLLM's GPU sampler has room for 128."""
+    max_logit_biases: int = Field(default=1024, ge=0, le=1024)
+    """vLLM's GPU sampler has room for 1024."""
+    max_metadata_bytes: int = Field(default=1024 * 1024, ge=2)
+    """Of one prompt's ``metadata``, and of ``reward.params``, as JSON."""
     max_pending_samples: int = Field(default=16384, ge=1)
     """Samples accepted and not delivered; above it new requests answer 429."""
 
@@ -22,8 +35,18 @@ class ServerConfig(SettingsModel):
     """Where the API listens and how it behaves."""
 
     host: str = "127.0.0.1"
+    """An address other machines can reach needs API keys, or ``allow_unauthenticated``."""
     port: int = Field(default=8000, ge=0, le=65535)
     """0 picks a free port."""
+    api_keys_file: str | None = None
+    """``NAME SCOPES KEY`` lines, readable by the owner only; see ``docs/security.md``. With it, or
+    with ``SLIPSTREAM_API_KEYS``, every route but ``/livez`` and ``/readyz`` asks for a key."""
+    allow_unauthenticated: bool = False
+    """Serve other machines without API keys: whoever reaches the port can replace the weights."""
+    tls_certificate_file: str | None = None
+    """PEM, with the chain. With it and ``tls_key_file`` the server speaks HTTPS only."""
+    tls_key_file: str | None = None
+    """PEM, without a passphrase."""
     limits: LimitsConfig = LimitsConfig()
     result_ttl_s: float = Field(default=600.0, gt=0)
     """How long a finished request's result can be fetched again."""
@@ -39,6 +62,21 @@ class ServerConfig(SettingsModel):
     dispatch_depth: int = Field(default=2, ge=1)
     """Samples handed to one engine at once, in multiples of ``engine.max_num_seqs``; the rest waits
     in the router, where an engine that joins later can still get it."""
+
+    @property
+    def url_scheme(self) -> str:
+        """How the server is spoken to."""
+        return "http" if self.tls_certificate_file is None else "https"
+
+    @model_validator(mode="after")
+    def certificate_and_key_come_together(self) -> Self:
+        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
+            missing = "tls_key_file" if self.tls_key_file is None else "tls_certificate_file"
+            raise ValueError(
+                "tls_certificate_file and tls_key_file are needed together; "
+                f"server.{missing} is not set"
+            )
+        return self
 
 
 class RayConfig(SettingsModel):
@@ -60,3 +98,10 @@ class ScoringConfig(SettingsModel):
     """Per sample; a worker that takes longer is killed and replaced."""
     rewards: dict[str, str] = Field(default_factory=dict)
     """User rewards: name -> ``module:function``."""
+    max_cpu_s: int | None = Field(default=None, ge=1)
+    """CPU seconds a worker, or a process a reward has started, may use per sample; beyond that the
+    kernel ends it. Bounds what outlives ``timeout_s``; None is no limit."""
+    max_memory_mib: int | None = Field(default=None, ge=256)
+    """Address space of a worker, and of each process a reward starts; None is no limit."""
+    network: NetworkAccess = NetworkAccess.ALLOW
+    """``deny`` keeps workers, and what they start, from opening sockets of any kind. Linux only."""

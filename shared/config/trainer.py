@@ -85,6 +85,11 @@ class TrainerConfig(SettingsModel):
 
     server_url: str | None = None
     """Rollout server; filled in by ``slipstream run``."""
+    api_key_file: str | None = None
+    """The trainer's API key (scopes ``rollout`` and ``admin``), readable by the owner only; else
+    ``SLIPSTREAM_API_KEY``. ``slipstream run`` makes up a key of its own for the run."""
+    ca_file: str | None = None
+    """PEM certificates that the server's is checked against, instead of the system's."""
     api_timeout_s: float = Field(default=1800.0, gt=0)
     push_retries: int = Field(default=1, ge=0)
     """Of a push that the server took back because engines failed in it. An accident does not repeat

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.schemas.base import WireModel
-from shared.schemas.rollouts import MAX_LOGIT_BIASES, LogitBias, TokenId, WeightVersionSpan
+from shared.schemas.rollouts import LogitBias, TokenId, WeightVersionSpan
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
@@ -38,7 +38,7 @@ class CompletionRequest(WireModel):
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
-    logit_bias: LogitBias = Field(default_factory=dict, max_length=MAX_LOGIT_BIASES)
+    logit_bias: LogitBias = Field(default_factory=dict)
     logprobs: int | None = Field(default=None, ge=0, le=0)
     """0 returns the sampled tokens' logprobs; alternatives are not offered."""
     echo: Literal[False] = False

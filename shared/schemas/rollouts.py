@@ -12,7 +12,6 @@ from shared.types import FinishReason, RewardStatus, RolloutRunState
 TokenId = Annotated[int, Field(ge=0)]
 LogitBias = dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]]
 """Added to the logits of these tokens before anything else is done to them."""
-MAX_LOGIT_BIASES = 1024
 
 
 class ChatMessage(WireModel):
@@ -60,14 +59,14 @@ class SamplingOptions(WireModel):
     """Drops tokens less likely than this share of the likeliest one; 0 keeps every token."""
     max_tokens: int = Field(default=256, ge=1)
     min_tokens: int = Field(default=0, ge=0)
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
-    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=64)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list)
     ignore_eos: bool = False
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
-    logit_bias: LogitBias = Field(default_factory=dict, max_length=MAX_LOGIT_BIASES)
+    logit_bias: LogitBias = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def min_below_max(self) -> Self:

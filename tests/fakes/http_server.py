@@ -10,22 +10,33 @@ import uvicorn
 
 from rollout_server.api.app import create_app
 from rollout_server.service import RolloutService
+from shared.api_keys import ApiKeys
 from tests.fakes.service import until
 
 
 @asynccontextmanager
-async def serving(service: RolloutService) -> AsyncIterator[str]:
-    """Start service and server; yields the base URL, and checks the books at the end."""
+async def serving(service: RolloutService, api_keys: ApiKeys | None = None) -> AsyncIterator[str]:
+    """Start service and server; yields the base URL, and checks the books at the end.
+
+    Speaks HTTPS where the service's configuration has a certificate.
+    """
     await service.start()
+    options = service.config.server
     config = uvicorn.Config(
-        create_app(service), host="127.0.0.1", port=0, log_level="warning", lifespan="off"
+        create_app(service, api_keys),
+        host="127.0.0.1",
+        port=0,
+        log_level="warning",
+        lifespan="off",
+        ssl_certfile=options.tls_certificate_file,
+        ssl_keyfile=options.tls_key_file,
     )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     try:
         await until(lambda: server.started or task.done(), "uvicorn to start")
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield f"{options.url_scheme}://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         await service.close()

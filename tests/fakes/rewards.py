@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -72,6 +74,54 @@ def order(prompt: str, completion: str, answer: str | None, metadata: Metadata, 
     return 0.0
 
 
+def connects(
+    prompt: str, completion: str, answer: str | None, metadata: Metadata, family: str = "AF_INET"
+) -> float:
+    """1 when a socket can be opened."""
+    socket.socket(getattr(socket, family), socket.SOCK_STREAM).close()
+    return 1.0
+
+
+def connects_in_child(
+    prompt: str, completion: str, answer: str | None, metadata: Metadata
+) -> tuple[float, Metadata]:
+    """1 when a process it starts can open a socket."""
+    code = "import socket; socket.socket()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return float(done.returncode == 0), {"stderr": done.stderr}
+
+
+def pairs(prompt: str, completion: str, answer: str | None, metadata: Metadata) -> float:
+    """1 when processes can still talk to those they start."""
+    ours, theirs = socket.socketpair()
+    ours.sendall(b"x")
+    return float(theirs.recv(1) == b"x")
+
+
+def allocates(
+    prompt: str, completion: str, answer: str | None, metadata: Metadata, mib: int
+) -> float:
+    return float(len(bytearray(mib * 1024 * 1024)))
+
+
+def computes(
+    prompt: str, completion: str, answer: str | None, metadata: Metadata, cpu_s: float
+) -> float:
+    """Use so much CPU time."""
+    end_s = time.process_time() + cpu_s
+    while time.process_time() < end_s:
+        pass
+    return cpu_s
+
+
+def variables(
+    prompt: str, completion: str, answer: str | None, metadata: Metadata
+) -> tuple[float, Metadata]:
+    """The environment and the limit on core files."""
+    core, _ = resource.getrlimit(resource.RLIMIT_CORE)
+    return float(core), {"names": sorted(os.environ)}
+
+
 def write_whole(path: str, number: int) -> None:
     """Make a file that is complete as soon as it is there."""
     partial = Path(path + ".partial")
@@ -82,7 +132,8 @@ def write_whole(path: str, number: int) -> None:
 USER_REWARDS = {
     function.__name__: f"{__name__}:{function.__name__}"
     for function in (
-        length, raises, hangs, waits, waits_with_child, exits, segfaults, prints, pid, order
+        length, raises, hangs, waits, waits_with_child, exits, segfaults, prints, pid, order,
+        connects, connects_in_child, pairs, allocates, computes, variables,
     )
 }  # fmt: skip
 """``scoring.rewards`` with all of the above."""

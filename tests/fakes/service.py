@@ -11,6 +11,7 @@ import httpx
 from rollout_server.api.app import create_app
 from rollout_server.scoring.types import RewardResult, ScoreJob
 from rollout_server.service import RolloutService
+from shared.api_keys import ApiKeys
 from shared.config.loading import validate_run_config
 from shared.errors import ConflictError, InvalidRequestError, ScoringError
 from shared.schemas.rollouts import ChatMessage, RewardSpec
@@ -135,10 +136,12 @@ def fake_service(
 
 
 @asynccontextmanager
-async def running(service: RolloutService) -> AsyncIterator[httpx.AsyncClient]:
+async def running(
+    service: RolloutService, api_keys: ApiKeys | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
     """Start the service, hand out a client of its API, and check the books at the end."""
     await service.start()
-    transport = httpx.ASGITransport(create_app(service), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(create_app(service, api_keys), raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield client

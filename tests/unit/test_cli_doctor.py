@@ -16,7 +16,6 @@ from shared.cli.doctor_config import (
     check_transport,
     configuration_checks,
     has_vnni,
-    is_loopback,
 )
 from shared.cli.main import app
 from shared.config.loading import load_run_config
@@ -81,15 +80,6 @@ def test_a_missing_shared_memory_directory_is_a_failure(tmp_path: Path) -> None:
     assert checks.check_shared_memory(tmp_path / "absent").status is CheckStatus.FAILED
 
 
-@pytest.mark.parametrize(
-    ("host", "loopback"),
-    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("127.3.2.1", True),
-     ("0.0.0.0", False), ("10.0.0.4", False), ("example.org", False), ("", False)],
-)  # fmt: skip
-def test_loopback_addresses_are_known(host: str, loopback: bool) -> None:
-    assert is_loopback(host) is loopback
-
-
 def warnings(*overrides: str) -> set[str]:
     """Names of the configuration checks that are not content."""
     config = load_run_config(None, ["model.path=absent/model", *overrides], {})
@@ -99,8 +89,6 @@ def warnings(*overrides: str) -> set[str]:
 @pytest.mark.parametrize(
     ("overrides", "name"),
     [
-        (["server.host=0.0.0.0"], "server.host"),
-        (["model.trust_remote_code=true"], "model.trust_remote_code"),
         (["engine.device=cpu"], "KV cache"),
         (["engine.device=cpu", "engine.num_kv_blocks=9", "engine.block_size=16"], "KV cache"),
         (["engine.device=cpu", "engine.count=2"], "engine.cpu_cores"),
