@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 
 from rollout_server.api.errors import BodyError, HttpError
 from shared.schemas.base import ErrorResponse
+from shared.schemas.chat import ChatCompletionRequest
 from shared.schemas.completions import CompletionRequest
 from shared.schemas.engines import ScaleRequest
 from shared.schemas.rollouts import RolloutRequest
@@ -27,6 +28,7 @@ _REF_TEMPLATE = "#/components/schemas/{model}"
 _BODY_MODELS: tuple[type[BaseModel], ...] = (
     RolloutRequest,
     CompletionRequest,
+    ChatCompletionRequest,
     PublishRequest,
     ScaleRequest,
     SpeculationChange,

@@ -179,14 +179,18 @@ class OnlyTheClientsOwn:
         "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection",
     }
 
+    def __init__(self, finders):
+        self.finders = finders
+
     def find_spec(self, name, path=None, target=None):
         root = name.partition(".")[0]
         is_known = root in self.allowed or root in sys.stdlib_module_names
         if not is_known and not root.startswith("_sysconfigdata"):
-            raise ModuleNotFoundError(f"{name} is not there", name=name)
-        return None
+            return None
+        found = (finder.find_spec(name, path, target) for finder in self.finders)
+        return next((spec for spec in found if spec is not None), None)
 
-sys.meta_path.insert(0, OnlyTheClientsOwn())
+sys.meta_path[:] = [OnlyTheClientsOwn(list(sys.meta_path))]
 import shared.client
 client = shared.client.RolloutClient("http://node-7:1")
 assert client.url == "http://node-7:1"
