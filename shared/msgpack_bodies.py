@@ -24,6 +24,20 @@ def pack(value: object) -> bytes:
     return packed
 
 
+def map_head(num_pairs: int) -> bytes:
+    """What comes before the packed keys and values of a map."""
+    head = msgpack.Packer().pack_map_header(num_pairs)
+    assert isinstance(head, bytes)
+    return head
+
+
+def array_head(num_items: int) -> bytes:
+    """What comes before the packed items of an array."""
+    head = msgpack.Packer().pack_array_header(num_items)
+    assert isinstance(head, bytes)
+    return head
+
+
 def unpack(body: bytes) -> Any:
     """The value of a body that need not be trusted.
 
