@@ -1,8 +1,8 @@
 """The headers of every request of ours, made in one place.
 
 Answers are asked for as JSON without compression from a server on this host, where bytes cost
-nothing, and as compressed MessagePack from any other: half the bytes of JSON, and a third when
-compressed, for a few milliseconds of the server's time per megabyte.
+nothing, and as compressed MessagePack from any other: less than half the bytes, for some 5 ms of
+the server's time per megabyte of JSON (with zstd; gzip takes 30 ms).
 """
 
 from __future__ import annotations
