@@ -31,11 +31,13 @@ from shared.types import RolloutRunState
 
 router = APIRouter(tags=["rollouts"])
 
+NDJSON_TYPE = "application/x-ndjson"
+
 
 @router.post(
     "/v1/rollouts",
     response_model=None,
-    responses={200: {"model": RolloutResponse, "content": MSGPACK_CONTENT}},
+    responses={200: {"model": RolloutResponse, "content": MSGPACK_CONTENT | {NDJSON_TYPE: {}}}},
     openapi_extra=body_of(RolloutRequest),
 )
 async def post_rollouts(request: Request, service: Service) -> Response:
@@ -51,7 +53,7 @@ async def post_rollouts(request: Request, service: Service) -> Response:
         lines = _lines(execution)
         if as_msgpack:
             return StreamingResponse(msgpack_lines(lines), media_type=MSGPACK_TYPE)
-        return StreamingResponse(lines, media_type="application/x-ndjson")
+        return StreamingResponse(lines, media_type=NDJSON_TYPE)
     await execution.wait()
     if execution.error is not None:
         return slipstream_error_response(execution.error)

@@ -32,6 +32,8 @@ router = APIRouter(tags=["openai"])
 
 STARTED = int(time.time())
 CLIENT_CLOSED_REQUEST = 499
+EVENTS: dict[str, object] = {"text/event-stream": {}}
+"""For OpenAPI: what ``stream`` answers with."""
 
 ResultT = TypeVar("ResultT")
 
@@ -52,7 +54,7 @@ async def get_model(model: str, service: Service) -> ModelCard:
 @router.post(
     "/v1/completions",
     response_model=None,
-    responses={200: {"model": CompletionResponse}},
+    responses={200: {"model": CompletionResponse, "content": EVENTS}},
     openapi_extra=body_of(CompletionRequest),
 )
 async def post_completions(request: Request, service: Service) -> Response:
@@ -68,7 +70,7 @@ async def post_completions(request: Request, service: Service) -> Response:
 @router.post(
     "/v1/chat/completions",
     response_model=None,
-    responses={200: {"model": ChatCompletionResponse}},
+    responses={200: {"model": ChatCompletionResponse, "content": EVENTS}},
     openapi_extra=body_of(ChatCompletionRequest),
 )
 async def post_chat_completions(request: Request, service: Service) -> Response:

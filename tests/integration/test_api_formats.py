@@ -226,3 +226,19 @@ def test_wildcards_and_nonsense_choose_nothing() -> None:
         "application/msgpack": 0.0,
         "application/json": 0.3,
     }
+
+
+async def test_the_schema_names_every_format_an_answer_may_have() -> None:
+    async with running(fake_service()) as client:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+
+    def formats(path: str, method: str) -> set[str]:
+        return set(paths[path][method]["responses"]["200"]["content"])
+
+    packed = {"application/json", "application/msgpack"}
+    assert formats("/v1/rollouts", "post") == packed | {"application/x-ndjson"}
+    assert formats("/v1/rollouts/{request_id}", "get") == packed
+    assert formats("/v1/rollouts/{request_id}", "delete") == packed
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        assert formats(path, "post") == {"application/json", "text/event-stream"}
+        assert set(paths[path]["post"]["requestBody"]["content"]) == packed
