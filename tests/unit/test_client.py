@@ -251,7 +251,8 @@ def test_the_weights_of_a_server_are_read_by_both_clients() -> None:
         async with async_client(url, FakeTime()) as client:
             return (await client.weights()).committed_version
 
-    with answering(weights(5), weights(6)) as (url, _):
+    with answering(weights(5), weights(6)) as (url, received):
         assert asyncio.run(ask(url)) == 5
         with sync_client(url, FakeTime()) as client:
             assert client.weights().committed_version == 6
+    assert received == [("GET /v1/weights", None)] * 2
