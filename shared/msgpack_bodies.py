@@ -13,8 +13,6 @@ from typing import Any
 import msgpack
 
 BIG_INTEGER_TYPE = 1
-MAX_BIG_INTEGER_DIGITS = 4300
-"""Python's own limit for reading integers; the JSON parser has the same."""
 
 
 def pack(value: object) -> bytes:
@@ -80,6 +78,6 @@ def _pack_big_integer(value: object) -> msgpack.ExtType:
 
 
 def _unpack_extension(code: int, data: bytes) -> int:
-    if code != BIG_INTEGER_TYPE or len(data) > MAX_BIG_INTEGER_DIGITS:
-        raise ValueError(f"extension type {code} of {len(data)} bytes is not known")
-    return int(data)
+    if code != BIG_INTEGER_TYPE:
+        raise ValueError(f"extension type {code} is not known")
+    return int(data)  # Python refuses more than 4300 digits, as it does in JSON
