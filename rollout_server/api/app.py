@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from rollout_server.api import control_plane, data_plane, openai, operations
 from rollout_server.api.access import Authentication, check_every_route_has_a_scope
 from rollout_server.api.bodies import install_openapi
+from rollout_server.api.compression import Compression
 from rollout_server.api.errors import install_error_handlers
 from rollout_server.api.middleware import BodyLimit, RequestContext
 from rollout_server.service import RolloutService
@@ -36,6 +37,9 @@ def create_app(service: RolloutService, api_keys: ApiKeys | None = None) -> Fast
     check_every_route_has_a_scope(app.routes)
     install_error_handlers(app)
     install_openapi(app)
+    min_bytes = service.config.server.compress_above_bytes
+    if min_bytes is not None:
+        app.add_middleware(Compression, min_bytes=min_bytes)
     app.add_middleware(BodyLimit, max_body_bytes=service.config.server.limits.max_body_bytes)
     # Before anything of a body is read.
     app.add_middleware(Authentication, keys=keys)

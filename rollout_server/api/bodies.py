@@ -1,4 +1,4 @@
-"""Reads and writes JSON bodies with pydantic's own parser, and describes them to OpenAPI.
+"""Reads and writes bodies with pydantic's own parser, and describes them to OpenAPI.
 
 FastAPI would parse to Python objects first and validate those; a request of thousands of tokenized
 prompts is parsed several times faster, and more strictly, in one go.
@@ -15,7 +15,9 @@ from pydantic.json_schema import models_json_schema
 
 from rollout_server.api.access import describe_security
 from rollout_server.api.errors import BodyError, HttpError
+from rollout_server.api.formats import JSON_TYPE, MSGPACK_TYPE, json_of_msgpack
 from shared.schemas.base import ErrorResponse
+from shared.schemas.chat import ChatCompletionRequest
 from shared.schemas.completions import CompletionRequest
 from shared.schemas.engines import ScaleRequest
 from shared.schemas.rollouts import RolloutRequest
@@ -28,6 +30,7 @@ _REF_TEMPLATE = "#/components/schemas/{model}"
 _BODY_MODELS: tuple[type[BaseModel], ...] = (
     RolloutRequest,
     CompletionRequest,
+    ChatCompletionRequest,
     PublishRequest,
     ScaleRequest,
     SpeculationChange,
@@ -39,19 +42,27 @@ async def read_body(request: Request, model: type[ModelT]) -> ModelT:
     """Parse and validate the body.
 
     Raises:
-        HttpError: 415, the body does not claim to be JSON.
+        HttpError: 415, the body claims to be neither JSON nor MessagePack; 400, it is no
+            MessagePack.
         BodyError: it is not JSON, or does not fit the model.
         TooLargeError: from ``middleware``, above ``server.limits.max_body_bytes``.
     """
     content_type = request.headers.get("content-type", "")
-    if content_type.partition(";")[0].strip().lower() != "application/json":
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type not in (JSON_TYPE, MSGPACK_TYPE):
         # Also keeps web pages from posting here without a preflight.
         raise HttpError(
             415,
             "unsupported_media_type",
-            f"Content-Type must be application/json, not {content_type[:100]!r}",
+            f"Content-Type must be {JSON_TYPE} or {MSGPACK_TYPE}, not {content_type[:100]!r}",
         )
     body = await request.body()
+    if media_type == MSGPACK_TYPE:
+        try:
+            body = json_of_msgpack(body)
+        except ValueError as exc:
+            message = f"the body is not MessagePack: {str(exc)[:200]}"
+            raise HttpError(400, "malformed_msgpack", message) from exc
     try:
         return model.model_validate_json(body, strict=True)
     except ValidationError as exc:
@@ -66,7 +77,8 @@ def json_response(model: BaseModel, status: int = 200) -> Response:
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
     """``openapi_extra`` of a route that reads ``model``."""
     schema = {"$ref": _REF_TEMPLATE.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    content: dict[str, Any] = {JSON_TYPE: {"schema": schema}, MSGPACK_TYPE: {}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def install_openapi(app: FastAPI) -> None:

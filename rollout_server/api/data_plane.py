@@ -11,6 +11,15 @@ from rollout_server.api.access import needs
 from rollout_server.api.bodies import body_of, read_body
 from rollout_server.api.dependencies import Service
 from rollout_server.api.errors import error_body, slipstream_error_response
+from rollout_server.api.formats import (
+    MSGPACK_CONTENT,
+    MSGPACK_TYPE,
+    msgpack_lines,
+    msgpack_response,
+    msgpack_result,
+    msgpack_with,
+    wants_msgpack,
+)
 from rollout_server.api.limits import check_rollout
 from rollout_server.rollouts.execution import RolloutExecution
 from shared.schemas.rollouts import (
@@ -23,11 +32,13 @@ from shared.types import ApiScope, RolloutRunState
 
 router = APIRouter(tags=["rollouts"], dependencies=needs(ApiScope.ROLLOUT))
 
+NDJSON_TYPE = "application/x-ndjson"
+
 
 @router.post(
     "/v1/rollouts",
     response_model=None,
-    responses={200: {"model": RolloutResponse}},
+    responses={200: {"model": RolloutResponse, "content": MSGPACK_CONTENT | {NDJSON_TYPE: {}}}},
     openapi_extra=body_of(RolloutRequest),
 )
 async def post_rollouts(request: Request, service: Service) -> Response:
@@ -38,32 +49,39 @@ async def post_rollouts(request: Request, service: Service) -> Response:
     body = await read_body(request, RolloutRequest)
     check_rollout(body, service.config.server.limits, service.model)
     execution = await service.rollouts.submit(body)
+    as_msgpack = wants_msgpack(request)
     if body.stream:
-        return StreamingResponse(_lines(execution), media_type="application/x-ndjson")
+        lines = _lines(execution)
+        if as_msgpack:
+            return StreamingResponse(msgpack_lines(lines), media_type=MSGPACK_TYPE)
+        return StreamingResponse(lines, media_type=NDJSON_TYPE)
     await execution.wait()
     if execution.error is not None:
         return slipstream_error_response(execution.error)
+    if as_msgpack:
+        return msgpack_response(await msgpack_result(execution))
     return Response(execution.response_body(), media_type="application/json")
 
 
 @router.get(
     "/v1/rollouts/{request_id:path}",
     response_model=None,
-    responses={200: {"model": RolloutStatusResponse}},
+    responses={200: {"model": RolloutStatusResponse, "content": MSGPACK_CONTENT}},
 )
-async def get_rollout(request_id: str, service: Service) -> Response:
+async def get_rollout(request: Request, request_id: str, service: Service) -> Response:
     """State and, when finished, the result."""
-    return _status_response(service.rollouts.find(request_id))
+    return await _status_response(service.rollouts.find(request_id), wants_msgpack(request))
 
 
 @router.delete(
     "/v1/rollouts/{request_id:path}",
     response_model=None,
-    responses={200: {"model": RolloutStatusResponse}},
+    responses={200: {"model": RolloutStatusResponse, "content": MSGPACK_CONTENT}},
 )
-async def delete_rollout(request_id: str, service: Service) -> Response:
+async def delete_rollout(request: Request, request_id: str, service: Service) -> Response:
     """Abort; partial samples come back with ``finish_reason: abort``. Safe to repeat."""
-    return _status_response(await service.rollouts.abort(request_id))
+    execution = await service.rollouts.abort(request_id)
+    return await _status_response(execution, wants_msgpack(request))
 
 
 async def _lines(execution: RolloutExecution) -> AsyncIterator[bytes]:
@@ -79,7 +97,7 @@ async def _lines(execution: RolloutExecution) -> AsyncIterator[bytes]:
     yield last.model_dump_json(exclude_none=True).encode() + b"\n"
 
 
-def _status_response(execution: RolloutExecution) -> Response:
+async def _status_response(execution: RolloutExecution, as_msgpack: bool) -> Response:
     status = RolloutStatusResponse(
         request_id=execution.request_id,
         state=execution.state,
@@ -88,6 +106,11 @@ def _status_response(execution: RolloutExecution) -> Response:
         error=None if execution.error is None else error_body(execution.error),
     )
     content = status.model_dump_json(exclude={"result"}).encode()
+    if as_msgpack:
+        result = None
+        if execution.state is RolloutRunState.FINISHED:
+            result = await msgpack_result(execution)
+        return msgpack_response(msgpack_with(content, "result", result))
     if execution.state is RolloutRunState.FINISHED:
         content = content[:-1] + b',"result":' + execution.response_body() + b"}"
     return Response(content, media_type="application/json")

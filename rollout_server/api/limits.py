@@ -12,6 +12,7 @@ from rollout_server.engine.protocol import ModelInfo
 from shared.config.server import LimitsConfig
 from shared.errors import InvalidRequestError, TooLargeError
 from shared.schemas.base import JsonObject
+from shared.schemas.chat import ChatCompletionRequest
 from shared.schemas.completions import CompletionRequest
 from shared.schemas.rollouts import LogitBias, RolloutRequest
 
@@ -56,6 +57,22 @@ def check_completion(request: CompletionRequest, limits: LimitsConfig, model: Mo
         raise InvalidRequestError("prompt is empty", param="prompt")
     check_counts("prompt", num_prompts, request.n, limits)
     check_max_tokens("max_tokens", request.max_tokens, limits, model)
+    check_stops("stop", [request.stop] if isinstance(request.stop, str) else request.stop, limits)
+    check_logit_bias("logit_bias", request.logit_bias, limits, model)
+
+
+def check_chat(request: ChatCompletionRequest, limits: LimitsConfig, model: ModelInfo) -> None:
+    """Check counts and sampling of a chat completion request.
+
+    Raises:
+        InvalidRequestError: a value is above its limit.
+        TooLargeError: more samples than one request may have.
+    """
+    check_counts("messages", 1, request.n, limits)
+    for param in ("max_completion_tokens", "max_tokens"):
+        max_tokens = getattr(request, param)
+        if max_tokens is not None:
+            check_max_tokens(param, max_tokens, limits, model)
     check_stops("stop", [request.stop] if isinstance(request.stop, str) else request.stop, limits)
     check_logit_bias("logit_bias", request.logit_bias, limits, model)
 

@@ -41,22 +41,26 @@ def delta_response(
     prompt_index: int,
     delta: GenerateDelta,
     tokenizer: Tokenizer,
-    text_offset: int,
+    text_offset: int | None,
 ) -> CompletionResponse:
     """One chunk of a stream.
 
     Args:
-        text_offset: characters of this choice that went out before.
+        text_offset: characters of this choice that went out before; None for its first chunk.
     """
     request = job.request
     logprobs = None
     if request.logprobs is not None:
-        logprobs = token_logprobs(delta.token_ids, delta.logprobs, tokenizer, text_offset)
+        logprobs = token_logprobs(delta.token_ids, delta.logprobs, tokenizer, text_offset or 0)
+    prompt_token_ids = None
+    if request.return_token_ids and text_offset is None:
+        prompt_token_ids = job.groups[prompt_index].prompt_token_ids
     choice = CompletionChoice(
         index=prompt_index * request.n + delta.sample_index,
         text=delta.text,
         finish_reason=None if delta.finish_reason is None else delta.finish_reason.value,
         logprobs=logprobs,
+        prompt_token_ids=prompt_token_ids,
         token_ids=delta.token_ids if request.return_token_ids else None,
         weight_versions=delta.weight_versions if request.return_token_ids else None,
     )

@@ -10,10 +10,12 @@ from contextlib import aclosing
 
 from rollout_server.collaborators import Tokenizer
 from rollout_server.completions.bodies import completion_response, delta_response, usage_response
+from rollout_server.completions.chat import prepare_chat_job
 from rollout_server.completions.job import CompletionJob, prepare_job
 from rollout_server.engine.protocol import GenerateDelta, GenerateResult, ModelInfo
 from rollout_server.router.router import Router
 from shared.errors import SlipstreamError, first_error
+from shared.schemas.chat import ChatCompletionRequest
 from shared.schemas.completions import CompletionRequest, CompletionResponse
 
 STREAM_BUFFER_DELTAS = 1024
@@ -49,6 +51,24 @@ class CompletionRunner:
             created=int(time.time()),
             tokenizer=self._tokenizer,
             model=self._model,
+        )
+
+    async def prepare_chat(
+        self, request: ChatCompletionRequest, *, max_tokens_limit: int
+    ) -> CompletionJob:
+        """Check, render with the model's template and tokenize.
+
+        Raises:
+            InvalidRequestError, ModelNotFoundError: see ``prepare_chat_job``.
+        """
+        return await asyncio.to_thread(
+            prepare_chat_job,
+            request,
+            completion_id=f"chatcmpl-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            tokenizer=self._tokenizer,
+            model=self._model,
+            max_tokens_limit=max_tokens_limit,
         )
 
     async def run(self, job: CompletionJob) -> CompletionResponse:
@@ -108,8 +128,8 @@ class CompletionRunner:
                     raise event
                 else:
                     key = (prompt_index, event.sample_index)
-                    offset = offsets.get(key, 0)
-                    offsets[key] = offset + len(event.text)
+                    offset = offsets.get(key)
+                    offsets[key] = (offset or 0) + len(event.text)
                     num_tokens += len(event.token_ids)
                     num_finished += event.finish_reason is not None
                     yield delta_response(job, prompt_index, event, self._tokenizer, offset)

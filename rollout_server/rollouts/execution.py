@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rollout_server.collaborators import Scorer
@@ -105,11 +105,15 @@ class RolloutExecution:
                 return
             await self._changed.wait()  # bounded as in wait()
 
+    def ordered_groups(self) -> Iterator[bytes]:
+        """JSON of every group, in the order of the prompts."""
+        assert self.state is RolloutRunState.FINISHED, "only finished requests have a response"
+        return (self._bodies[index] for index in range(self.num_groups))
+
     def response_body(self) -> bytes:
         """JSON of ``RolloutResponse``, groups in the order of the prompts."""
-        assert self.state is RolloutRunState.FINISHED, "only finished requests have a response"
         head = RolloutUsage.model_dump_json(self.usage).encode()
-        groups = b",".join(self._bodies[index] for index in range(self.num_groups))
+        groups = b",".join(self.ordered_groups())
         # request_id is made of characters that need no escaping (see RolloutRequest).
         return (
             b'{"request_id":"%b","groups":[' % self.request_id.encode()

@@ -48,6 +48,9 @@ class ServerConfig(SettingsModel):
     tls_key_file: str | None = None
     """PEM, without a passphrase."""
     limits: LimitsConfig = LimitsConfig()
+    compress_above_bytes: int | None = Field(default=64 * 1024, ge=0)
+    """Answers of this size are compressed for callers that accept zstd or gzip, and so are streams
+    of groups; null compresses nothing."""
     result_ttl_s: float = Field(default=600.0, gt=0)
     """How long a finished request's result can be fetched again."""
     result_store_mib: int = Field(default=512, ge=1)

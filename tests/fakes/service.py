@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import httpx
 
 from rollout_server.api.app import create_app
+from rollout_server.collaborators import Tokenizer
 from rollout_server.scoring.types import RewardResult, ScoreJob
 from rollout_server.service import RolloutService
 from shared.api_keys import ApiKeys
@@ -110,6 +111,7 @@ def fake_service(
     pool: FakePool | None = None,
     scorer: FakeScorer | None = None,
     coordinator: FakeCoordinator | None = None,
+    tokenizer: Tokenizer | None = None,
     server: dict[str, object] | None = None,
     max_num_seqs: int = 8,
 ) -> RolloutService:
@@ -131,7 +133,7 @@ def fake_service(
         pool or FakePool(members),
         scorer or FakeScorer(),
         coordinator or FakeCoordinator(),
-        FakeTokenizer(),
+        tokenizer or FakeTokenizer(),
     )
 
 

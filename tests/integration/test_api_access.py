@@ -43,6 +43,7 @@ EXPECTED = {
     "/v1/models": {"rollout"},
     "/v1/models/{model:path}": {"rollout"},
     "/v1/completions": {"rollout"},
+    "/v1/chat/completions": {"rollout"},
     "/v1/weights": {"admin"},
     "/v1/weights/audit": {"admin"},
     "/v1/engines": {"admin"},

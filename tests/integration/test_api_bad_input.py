@@ -36,6 +36,7 @@ def manifest(**changes: object) -> dict[str, Any]:
 
 ROLLOUTS = ("POST", "/v1/rollouts")
 COMPLETIONS = ("POST", "/v1/completions")
+CHAT = ("POST", "/v1/chat/completions")
 WEIGHTS = ("POST", "/v1/weights")
 ENGINES = ("PUT", "/v1/engines")
 SPECULATION = ("PATCH", "/v1/speculation")
@@ -208,7 +209,7 @@ CASES: list[tuple[tuple[str, str], object, int, str | None, str]] = [
     (("GET", "/v1/completions"), None, 405, None, "GET"),
 ]
 HUGE = b'{"n": 1' + b"0" * 5000 + b"}"
-BODY_ROUTES = [ROLLOUTS, COMPLETIONS, WEIGHTS, ENGINES, SPECULATION]
+BODY_ROUTES = [ROLLOUTS, COMPLETIONS, CHAT, WEIGHTS, ENGINES, SPECULATION]
 
 
 def limited_engine() -> tuple[FakeEngine, Any]:

@@ -9,9 +9,12 @@ import httpx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.msgpack_bodies import pack
 from shared.schemas.base import ErrorResponse
 from tests.fakes.service import fake_service, running
 from tests.integration.test_api_bad_input import BODY_ROUTES, JSON, completion, rollout
+
+MSGPACK = {"content-type": "application/msgpack"}
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -33,6 +36,7 @@ bodies = st.one_of(
     st.dictionaries(field_names, json_values).map(
         lambda value: json.dumps({**rollout(), **value}).encode()
     ),
+    st.dictionaries(field_names, json_values).map(lambda value: pack({**rollout(), **value})),
 )
 
 
@@ -44,10 +48,11 @@ def test_no_body_whatever_makes_the_server_fail(
     async def send_all() -> None:
         async with running(fake_service()) as client:
             for route, content in requests:
-                answer = await client.request(*route, content=content, headers=JSON)
-                assert answer.status_code < 500, (route, content, answer.text)
-                if answer.status_code >= 400:
-                    ErrorResponse.model_validate_json(answer.content)
+                for headers in (JSON, MSGPACK):
+                    answer = await client.request(*route, content=content, headers=headers)
+                    assert answer.status_code < 500, (route, content, answer.text)
+                    if answer.status_code >= 400:
+                        ErrorResponse.model_validate_json(answer.content)
 
     asyncio.run(send_all())
 

@@ -1,0 +1,1 @@
+"""The rollout service in trainers other than ours."""
