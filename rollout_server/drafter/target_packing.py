@@ -57,10 +57,10 @@ def pack_from_target(
             f"({len(unreadable)} such layers)"
         )
     modules: dict[str, Any] = dict(target.named_modules(remove_duplicate=False))
-    embedding, _ = token_embedding(drafter)
     num_packed = 0
     for name, method in draft_linear_methods(drafter).items():
-        source = embedding if name == "lm_head" and method.is_tied else name
+        is_tied_head = name == "lm_head" and method.is_tied
+        source = token_embedding(drafter)[0] if is_tied_head else name
         if module_names is None or source in module_names:
             method.pack(modules[name].weight.data)
             num_packed += 1
