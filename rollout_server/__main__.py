@@ -23,7 +23,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         config = load_run_config(arguments.config, arguments.set)
-        configure_logging(config.log_level, "server")
+        configure_logging(config.logging.level, "server", log_format=config.logging.format)
         # Imported only now: --help and configuration errors must not wait for Ray and vLLM.
         from rollout_server.launch import serve
 

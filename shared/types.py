@@ -178,3 +178,19 @@ PUSH_TRANSITIONS: dict[PushPhase, frozenset[PushPhase]] = {
     PushPhase.COMMITTED: frozenset(),
     PushPhase.REFUSED: frozenset(),
 }
+
+
+class LogLevel(StrEnum):
+    """Threshold of our own loggers, in logging's words."""
+
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
+
+
+class LogFormat(StrEnum):
+    """Form of a log line."""
+
+    TEXT = "text"
+    JSON = "json"

@@ -23,7 +23,7 @@ class TrainerActor:
     """Runs one training job."""
 
     def __init__(self, config: RunConfig, *, resume: bool) -> None:
-        configure_logging(config.log_level, "trainer")
+        configure_logging(config.logging.level, "trainer", log_format=config.logging.format)
         self._config = config
         self._resume = resume
         self._board = StatusBoard(config.trainer.num_steps)

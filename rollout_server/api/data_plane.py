@@ -11,6 +11,7 @@ from rollout_server.api.bodies import body_of, read_body
 from rollout_server.api.dependencies import Service
 from rollout_server.api.errors import error_body, slipstream_error_response
 from rollout_server.api.limits import check_rollout
+from rollout_server.api.noted_errors import note_error
 from rollout_server.rollouts.execution import RolloutExecution
 from shared.schemas.rollouts import (
     RolloutRequest,
@@ -74,6 +75,7 @@ async def _lines(execution: RolloutExecution) -> AsyncIterator[bytes]:
         last = StreamLine(type="done", request_id=execution.request_id, usage=execution.usage)
     else:
         error = error_body(execution.error)
+        note_error(error.code)
         last = StreamLine(type="error", request_id=execution.request_id, error=error)
     yield last.model_dump_json(exclude_none=True).encode() + b"\n"
 

@@ -36,8 +36,8 @@ async def readyz(service: Service) -> Response:
 
 @router.get("/metrics", response_model=None)
 async def metrics(service: Service) -> Response:
-    """Prometheus text format."""
-    return Response(service.metrics.render(), media_type=PROMETHEUS_TEXT)
+    """Prometheus text format: the server's own metrics, then vLLM's of every engine."""
+    return Response(await service.scrape(), media_type=PROMETHEUS_TEXT)
 
 
 @router.get("/version", response_model=None, responses={200: {"model": VersionResponse}})
