@@ -18,6 +18,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -62,6 +63,8 @@ class ServiceMetrics:
     """Counts events and renders everything."""
 
     def __init__(self, sources: MetricSources) -> None:
+        # Creation times double the series, and Prometheus has no use for them.
+        disable_created_metrics()
         self._registry = CollectorRegistry()
         registry = self._registry
         self.weights = WeightMetrics(registry)

@@ -219,7 +219,12 @@ class RolloutExecution:
         self.usage = add_usage(self.usage, group)
         self._bodies[prompt.prompt_index] = body
         self._parts.on_group(group)
-        self._parts.on_group_seconds(monotonic() - started_s)
+        duration_s = monotonic() - started_s
+        self._parts.on_group_seconds(duration_s)
+        spans = [s for sample in routed.result.samples for s in sample.weight_versions]
+        version = max((s.version for s in spans), default=None)
+        with log_context(engine_id=routed.result.engine_id, weight_version=version):
+            LOGGER.debug("group %s delivered in %.3f s", group_id, duration_s)
         self._notify()
 
     async def _score(self, job: ScoreJob | None) -> RewardResult:
