@@ -51,6 +51,7 @@ class FakeEngine:
     unblocked: asyncio.Event = field(default_factory=asyncio.Event)
     metrics_unblocked: asyncio.Event = field(default_factory=asyncio.Event)
     """Clear it, and the engine never answers for its metrics until it is set."""
+    num_metrics_asked: int = 0
     vllm_registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     requests: list[GenerateRequest] = field(default_factory=list)
     patches: list[SpeculationPatch] = field(default_factory=list)
@@ -185,6 +186,7 @@ class FakeEngine:
 
     async def vllm_metrics(self) -> tuple[MetricText, ...]:
         self._raise_if_failing()
+        self.num_metrics_asked += 1
         await self.metrics_unblocked.wait()
         return vllm_metrics(self.engine_id, self.vllm_registry)
 

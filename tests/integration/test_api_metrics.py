@@ -107,14 +107,16 @@ async def test_an_engine_that_hangs_delays_no_scrape_and_shows_its_last_metrics(
         hung.metrics_unblocked.clear()
         values = values_of((await client.get("/metrics")).text)  # ends, though hung never answers
         again = values_of((await client.get("/metrics")).text)
-        assert len(service._scraper._asks) == 1, "a hung engine is asked once, not by each scrape"
+        assert hung.num_metrics_asked == 2, "a hung engine is not asked again by each scrape"
     for seen in (values, again):
         assert seen["vllm:num_requests_running", "hung", "0", "m"] == 3
         assert seen[names.ENGINE_METRICS_AGE, "hung"] > 9
         assert seen[names.ENGINE_METRICS_AGE, "well"] < 9
 
 
-async def test_an_engine_that_fails_or_starts_costs_only_its_own_metrics() -> None:
+async def test_an_engine_that_fails_or_starts_costs_only_its_own_metrics(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     engines = [
         FakeEngine("failing", vllm_registry=vllm_like_registry()),
         FakeEngine("starting", EngineState.STARTING, vllm_registry=vllm_like_registry()),
@@ -126,6 +128,7 @@ async def test_an_engine_that_fails_or_starts_costs_only_its_own_metrics() -> No
     assert answer.status_code == 200
     shown = {key[1] for key in values_of(answer.text) if key[0] == "vllm:num_requests_running"}
     assert shown == {"well"}
+    assert "metrics of engine failing failed: busy" in caplog.text
 
 
 async def test_metrics_of_an_engine_that_is_gone_are_forgotten() -> None:
