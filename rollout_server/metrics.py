@@ -64,7 +64,7 @@ class ServiceMetrics:
 
     def __init__(self, sources: MetricSources) -> None:
         # Creation times double the series, and Prometheus has no use for them.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         registry = self._registry
         self.weights = WeightMetrics(registry)
