@@ -18,7 +18,7 @@ MANIFEST = {
 }
 PUSH = {"version": 1, "base_version": 0, "manifest": MANIFEST}
 ROLLOUT = {"prompts": [{"prompt": "a"}], "n": 2, "reward": {"name": "length"}}
-VLLM_NAME = re.compile(r"""name=f?"(vllm:\w+)\"""")
+VLLM_NAME = re.compile(r'"(vllm:\w+)"')
 SAMPLE_NAME = re.compile(r"^([a-zA-Z_:][\w:]*)[{ ]", re.MULTILINE)
 
 
