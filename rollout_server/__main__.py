@@ -29,7 +29,7 @@ def main() -> int:
         api_keys = check_server_access(config.server, os.environ)
         # Ray and every process it starts would inherit it.
         os.environ.pop(KEYS_VARIABLE, None)
-        configure_logging(config.log_level, "server")
+        configure_logging(config.logging.level, "server", log_format=config.logging.format)
         # Imported only now: --help and configuration errors must not wait for Ray and vLLM.
         from rollout_server.launch import serve
 

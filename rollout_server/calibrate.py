@@ -36,7 +36,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         config = load_run_config(arguments.config, arguments.set)
-        configure_logging(config.log_level, "calibrate")
+        configure_logging(config.logging.level, "calibrate", log_format=config.logging.format)
         result = asyncio.run(calibrate(config, arguments.output))
     except ConfigurationError as exc:
         print(f"error: {exc.message}", file=sys.stderr)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from rollout_server.scoring.types import RewardResult, ScoreJob
@@ -19,6 +19,12 @@ class Scorer(Protocol):
     async def start(self) -> None: ...
 
     async def close(self) -> None: ...
+
+    @property
+    def num_queued(self) -> int: ...
+
+    @property
+    def num_worker_restarts(self) -> int: ...
 
     def reward_names(self) -> list[str]: ...
 
@@ -48,6 +54,10 @@ class Coordinator(Protocol):
     async def publish(self, request: PublishRequest) -> PublishResponse: ...
 
     async def audit(self) -> AuditResponse: ...
+
+    def observe_audits(self, observer: Callable[[AuditResponse], None]) -> None:
+        """Tell ``observer`` of every audit, also of those nobody asked for."""
+        ...
 
     def status(self) -> WeightsResponse: ...
 

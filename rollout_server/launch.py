@@ -22,8 +22,9 @@ from rollout_server.model_info import read_model_info, resolve_device
 from rollout_server.scoring.pool import ScoringPool
 from rollout_server.service import RolloutService
 from rollout_server.tokenizer import HuggingFaceTokenizer
+from rollout_server.tracing import close_tracing, configure_tracing
 from rollout_server.weights.commit_ledger import CommitLedger
-from rollout_server.weights.coordinator import WeightCoordinator
+from rollout_server.weights.observed_coordinator import ObservedCoordinator
 from rollout_server.weights.recovery import recover
 from rollout_server.weights.transports.ray_transport import start_snapshot_files
 from shared.api_keys import ApiKeys
@@ -41,12 +42,14 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
     """Everything but HTTP. Yields the service and the Ray address; stops it all on exit."""
     for name in sweep_stale_segments(config.weights.directory):
         logger.info("removed the weight segment %s of a process that is gone", name)
+    configure_tracing(config.tracing)
     device = resolve_device(config.engine.device)
     model = read_model_info(config)
     tokenizer = HuggingFaceTokenizer.load(
         config.model.path, trust_remote_code=config.model.trust_remote_code
     )
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(close_tracing)
         ledger = CommitLedger(config.weights_state_dir)
         stack.callback(ledger.close)
         recovered = await asyncio.to_thread(
@@ -57,7 +60,7 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
         files = await start_snapshot_files(config.weights)
         pool = RayEnginePool(config, model, device)
         stack.push_async_callback(pool.close)
-        coordinator = WeightCoordinator(
+        coordinator = ObservedCoordinator(
             pool, config.weights, SystemClock(), ledger, recovered, config.model.path, files
         )
         scoring = ScoringPool(config.scoring)
@@ -98,6 +101,7 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
                 uvicorn.Config(
                     create_app(service, api_keys),
                     log_level="warning",
+                    log_config=None,  # its lines go through ours, in the configured format
                     access_log=False,
                     timeout_graceful_shutdown=int(config.server.shutdown_timeout_s),
                     lifespan="off",

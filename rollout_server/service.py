@@ -7,11 +7,10 @@ whoever made it, because engines outlive and precede the service.
 
 from __future__ import annotations
 
-from time import monotonic
-
 from rollout_server.collaborators import Coordinator, Scorer, Tokenizer
 from rollout_server.completions.runner import CompletionRunner
 from rollout_server.engine.protocol import EnginePool, ModelInfo
+from rollout_server.engine_scrape import EngineScraper
 from rollout_server.live_speculation import LiveSpeculation
 from rollout_server.metrics import MetricSources, ServiceMetrics
 from rollout_server.rollouts.execution import ExecutionParts
@@ -20,8 +19,9 @@ from rollout_server.rollouts.result_store import ResultStore
 from rollout_server.router.router import Router
 from rollout_server.router.strategy import READY_STATES
 from rollout_server.status_poller import StatusPoller
+from rollout_server.weight_metrics import ObservedPushes
 from shared.config.run import RunConfig
-from shared.errors import SlipstreamError, UnavailableError
+from shared.errors import UnavailableError
 from shared.schemas.engines import EnginesResponse
 from shared.schemas.operations import ReadyzResponse
 from shared.schemas.speculation import SpeculationPolicy
@@ -71,6 +71,7 @@ class RolloutService:
             engine_wait_timeout_s=server.engine_wait_timeout_s,
             max_attempts=server.max_generate_attempts,
             kv_cache_usage=lambda engine_id: self.status_poller.kv_cache_usage(engine_id),
+            on_generated=lambda facts: self.metrics.observe_generation(facts),
         )
         self.status_poller = StatusPoller(
             pool,
@@ -78,24 +79,30 @@ class RolloutService:
             num_reserved=self.router.num_reserved,
             on_tick=self._on_tick,
         )
+        self._scraper = EngineScraper(pool, timeout_s=server.engine_metrics_timeout_s)
         self.metrics = ServiceMetrics(
             MetricSources(
-                accounts=self.router.accounts,
-                num_queued_samples=lambda: self.router.num_queued_samples,
-                num_retries=lambda: self.router.num_retries,
+                model_id=pool.model.model_id,
+                router=self.router,
+                scorer=scoring,
                 committed_version=lambda: coordinator.committed_version,
                 target_count=lambda: pool.target_count,
                 statuses=self.status_poller.statuses,
+                status_ages_s=self.status_poller.ages_s,
+                vllm_metrics_ages_s=self._scraper.ages_s,
                 speculation=self.status_poller.speculation,
                 policy_of=self.live_speculation.policy_of,
             )
         )
+        self._pushes = ObservedPushes(coordinator, self.metrics.weights)
+        coordinator.observe_audits(self.metrics.weights.observe_audit)
         self.rollouts = RolloutRegistry(
             parts=ExecutionParts(
                 router=self.router,
                 scorer=scoring,
                 committed_version=lambda: coordinator.committed_version,
                 on_group=self.metrics.observe_group,
+                on_group_seconds=self.metrics.observe_group_seconds,
             ),
             tokenizer=tokenizer,
             model=pool.model,
@@ -129,7 +136,9 @@ class RolloutService:
         await self.rollouts.close(self.config.server.shutdown_timeout_s)
         await self.router.close()
         await self.status_poller.close()
+        await self._scraper.close()
         await self._coordinator.close()
+        await self._pushes.close()
         await self._scoring.close()
 
     def engines(self) -> EnginesResponse:
@@ -155,15 +164,14 @@ class RolloutService:
             ConflictError: wrong base version.
             WeightTransferError: the push was refused or an engine failed.
         """
-        started_s = monotonic()
-        try:
-            response = await self._coordinator.publish(request)
-        except SlipstreamError:
-            self.metrics.observe_push(None)
-            raise
-        self.metrics.observe_push(monotonic() - started_s)
+        response = await self._pushes.publish(request)
         self.router.wake()
         return response
+
+    async def scrape(self) -> bytes:
+        """Body of ``/metrics``. Waits ``server.engine_metrics_timeout_s`` at the longest."""
+        await self._scraper.refresh()
+        return self.metrics.render() + self._scraper.render().encode()
 
     async def audit_weights(self) -> AuditResponse:
         """Compare what engines compute with, with what is committed."""

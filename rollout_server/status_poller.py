@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from time import monotonic
 
 from rollout_server.engine.protocol import EngineHandle, EnginePool
 from shared.errors import EngineDeadError, EngineError
@@ -39,6 +40,7 @@ class StatusPoller:
         self._on_tick = on_tick
         self._statuses: dict[str, EngineStatus] = {}
         self._speculation: dict[str, EngineSpeculation] = {}
+        self._answered_s: dict[str, float] = {}
         self._errors: dict[str, str] = {}
         self._polls: dict[str, asyncio.Task[None]] = {}
         self._loop_task: asyncio.Task[None] | None = None
@@ -69,6 +71,15 @@ class StatusPoller:
         known = (self._speculation.get(engine.engine_id) for engine in self._pool.engines())
         return [report for report in known if report is not None]
 
+    def ages_s(self) -> dict[str, float]:
+        """Seconds since the last answer of every engine that has given one."""
+        now_s = monotonic()
+        return {
+            engine.engine_id: now_s - self._answered_s[engine.engine_id]
+            for engine in self._pool.engines()
+            if engine.engine_id in self._answered_s
+        }
+
     def kv_cache_usage(self, engine_id: str) -> float:
         """Fraction 0..1 as of the last poll; 0 when there was none."""
         status = self._statuses.get(engine_id)
@@ -82,7 +93,7 @@ class StatusPoller:
     async def _run(self) -> None:
         while True:
             engines = {engine.engine_id: engine for engine in self._pool.engines()}
-            for cache in (self._statuses, self._speculation, self._errors):
+            for cache in (self._statuses, self._speculation, self._answered_s, self._errors):
                 for engine_id in cache.keys() - engines.keys():
                     del cache[engine_id]
             self._polls = {name: task for name, task in self._polls.items() if not task.done()}
@@ -99,6 +110,7 @@ class StatusPoller:
         try:
             self._statuses[engine_id] = await engine.status()
             self._speculation[engine_id] = await engine.speculation(NO_HISTORY_STEP)
+            self._answered_s[engine_id] = monotonic()
             self._errors.pop(engine_id, None)
         except EngineDeadError as exc:
             self._errors[engine_id] = exc.message

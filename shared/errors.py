@@ -168,3 +168,12 @@ def first_error(group: BaseExceptionGroup[SlipstreamError]) -> SlipstreamError:
         error = error.exceptions[0]
     assert isinstance(error, SlipstreamError)
     return error
+
+
+def error_codes() -> frozenset[str]:
+    """Code of every error in the tree: the values that labels and documents may hold."""
+
+    def below(kind: type[SlipstreamError]) -> frozenset[str]:
+        return frozenset({kind.code}).union(*(below(child) for child in kind.__subclasses__()))
+
+    return below(SlipstreamError)

@@ -8,15 +8,37 @@ from typing import Final
 
 PREFIX: Final = "slipstream_"
 
+BUILD_INFO: Final = PREFIX + "build_info"
+BUILD_INFO_LABELS: Final = ("version", "model")
+"""Always 1."""
+
 HTTP_REQUESTS: Final = PREFIX + "http_requests_total"
 HTTP_REQUESTS_LABELS: Final = ("method", "route", "status")
 HTTP_LATENCY: Final = PREFIX + "http_request_duration_seconds"
 HTTP_LATENCY_LABELS: Final = ("method", "route")
+HTTP_IN_PROGRESS: Final = PREFIX + "http_requests_in_progress"
+ERRORS: Final = PREFIX + "errors_total"
+"""Errors told to clients, by the ``code`` of their body; those inside streams too."""
+ERRORS_LABELS: Final = ("code",)
 
 PENDING_SAMPLES: Final = PREFIX + "pending_samples"
 """Accepted and not delivered, failed or cancelled."""
 QUEUED_SAMPLES: Final = PREFIX + "queued_samples"
 """Pending and waiting in the router for an engine."""
+PENDING_SAMPLES_LIMIT: Final = PREFIX + "pending_samples_limit"
+"""``server.limits.max_pending_samples``: above it requests answer 429."""
+LONGEST_WAIT: Final = PREFIX + "queue_longest_wait_seconds"
+"""Of the group at the head of the router's queue; 0 when none waits."""
+QUEUE_TIME: Final = PREFIX + "queue_time_seconds"
+"""Histogram of a group's wait in the router, up to the engine that finished it."""
+TIME_TO_FIRST_TOKEN: Final = PREFIX + "time_to_first_token_seconds"
+"""Histogram, from acceptance, by the sample of a group that finished last."""
+TIME_PER_OUTPUT_TOKEN: Final = PREFIX + "time_per_output_token_seconds"
+"""Histogram of the mean seconds between the tokens of that sample."""
+GENERATE_TIME: Final = PREFIX + "generate_duration_seconds"
+"""Histogram of a group's seconds on the engine that finished it."""
+GROUP_TIME: Final = PREFIX + "group_duration_seconds"
+"""Histogram of a rollout group's seconds from acceptance to its scores."""
 SAMPLES_ACCEPTED: Final = PREFIX + "samples_accepted_total"
 SAMPLES_DELIVERED: Final = PREFIX + "samples_delivered_total"
 SAMPLES_FAILED: Final = PREFIX + "samples_failed_total"
@@ -30,11 +52,38 @@ GENERATE_RETRIES: Final = PREFIX + "generate_retries_total"
 
 REWARDS: Final = PREFIX + "rewards_total"
 REWARDS_LABELS: Final = ("status",)
+SCORING_TIME: Final = PREFIX + "scoring_duration_seconds"
+"""Histogram of seconds in a reward worker, waiting for it left out."""
+SCORING_QUEUED: Final = PREFIX + "scoring_queued_samples"
+SCORING_RESTARTS: Final = PREFIX + "scoring_worker_restarts_total"
+"""Workers replaced because they were late or had crashed."""
 
 COMMITTED_VERSION: Final = PREFIX + "committed_weight_version"
 PUSHES: Final = PREFIX + "weight_pushes_total"
 PUSHES_LABELS: Final = ("outcome",)
+"""``committed``, ``refused``, or ``replayed``: committed already and answered again."""
+PUSH_REFUSALS: Final = PREFIX + "weight_push_refusals_total"
+PUSH_REFUSALS_LABELS: Final = ("reason",)
+"""The error's code."""
 PUSH_DURATION: Final = PREFIX + "weight_push_duration_seconds"
+PUSH_PHASE_DURATION: Final = PREFIX + "weight_push_phase_duration_seconds"
+PUSH_PHASE_LABELS: Final = ("phase",)
+PUSH_PAUSE: Final = PREFIX + "weight_push_pause_seconds"
+"""Histogram of the time an engine stood still for a committed push."""
+PUSH_BYTES: Final = PREFIX + "weight_push_bytes_total"
+PUSH_BYTES_LABELS: Final = ("encoding",)
+"""Of committed pushes. ``full`` carries every tensor whole."""
+PUSH_ENGINES_REMOVED: Final = PREFIX + "weight_push_engines_removed_total"
+PUSHES_IN_PROGRESS: Final = PREFIX + "weight_pushes_in_progress"
+"""Running ones and those that wait for them."""
+LAST_COMMIT: Final = PREFIX + "weight_last_commit_timestamp_seconds"
+"""Unix time of the last push committed by this process; 0 before the first."""
+AUDITS: Final = PREFIX + "weight_audits_total"
+AUDITS_LABELS: Final = ("outcome",)
+"""``intact``, ``mismatch``, or ``incomplete``: an engine could not be asked."""
+AUDIT_DURATION: Final = PREFIX + "weight_audit_duration_seconds"
+"""Histogram of the seconds of each engine."""
+AUDIT_MISMATCHES: Final = PREFIX + "weight_audit_mismatched_engines_total"
 
 READY_ENGINES: Final = PREFIX + "ready_engines"
 TARGET_ENGINES: Final = PREFIX + "target_engines"
@@ -43,12 +92,19 @@ ENGINE_STATE: Final = PREFIX + "engine_state"
 ENGINE_STATE_LABELS: Final = ("engine", "state")
 """1 for the state the engine is in, 0 for the others."""
 ENGINE_KV_CACHE_USAGE: Final = PREFIX + "engine_kv_cache_usage"
+ENGINE_KV_CACHE_CAPACITY: Final = PREFIX + "engine_kv_cache_capacity_tokens"
+ENGINE_UPTIME: Final = PREFIX + "engine_uptime_seconds"
+ENGINE_STATUS_AGE: Final = PREFIX + "engine_status_age_seconds"
+"""Since the engine last answered the status poller: grows when it hangs."""
+ENGINE_METRICS_AGE: Final = PREFIX + "engine_metrics_age_seconds"
+"""Age of the metrics of vLLM that are passed on for this engine."""
 ENGINE_RUNNING: Final = PREFIX + "engine_running_requests"
 ENGINE_WAITING: Final = PREFIX + "engine_waiting_requests"
 ENGINE_RESERVED: Final = PREFIX + "engine_reserved_samples"
 ENGINE_TARGET_VERSION: Final = PREFIX + "engine_target_weight_version"
 ENGINE_DRAFTER_VERSION: Final = PREFIX + "engine_drafter_weight_version"
 ENGINE_PREEMPTIONS: Final = PREFIX + "engine_preemptions_total"
+ENGINE_PROMPT_TOKENS: Final = PREFIX + "engine_prompt_tokens_total"
 ENGINE_GENERATION_TOKENS: Final = PREFIX + "engine_generation_tokens_total"
 ENGINE_SPECULATIVE_TOKENS: Final = PREFIX + "engine_num_speculative_tokens"
 """Draft length of the engine's latest step."""

@@ -216,3 +216,19 @@ class NetworkAccess(StrEnum):
 
     ALLOW = "allow"
     DENY = "deny"
+
+
+class LogLevel(StrEnum):
+    """Threshold of our own loggers, in logging's words."""
+
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
+
+
+class LogFormat(StrEnum):
+    """Form of a log line."""
+
+    TEXT = "text"
+    JSON = "json"

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load_run_config(options.config, options.overrides)
-        configure_logging(config.log_level, "trainer-driver")
+        configure_logging(config.logging.level, "trainer-driver", log_format=config.logging.format)
         # Imported late: Ray takes seconds, and a wrong configuration should not have to wait.
         from trainer.launch import run_on_ray
         from trainer.status import TrainerPhase

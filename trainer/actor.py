@@ -26,7 +26,7 @@ class TrainerActor:
     def __init__(
         self, config: RunConfig, *, resume: bool, credentials: ClientCredentials | None = None
     ) -> None:
-        configure_logging(config.log_level, "trainer")
+        configure_logging(config.logging.level, "trainer", log_format=config.logging.format)
         self._config = config
         self._credentials = credentials
         self._resume = resume

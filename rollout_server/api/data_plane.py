@@ -21,6 +21,7 @@ from rollout_server.api.formats import (
     wants_msgpack,
 )
 from rollout_server.api.limits import check_rollout
+from rollout_server.api.noted_errors import note_error
 from rollout_server.rollouts.execution import RolloutExecution
 from shared.schemas.rollouts import (
     RolloutRequest,
@@ -93,6 +94,7 @@ async def _lines(execution: RolloutExecution) -> AsyncIterator[bytes]:
         last = StreamLine(type="done", request_id=execution.request_id, usage=execution.usage)
     else:
         error = error_body(execution.error)
+        note_error(error.code)
         last = StreamLine(type="error", request_id=execution.request_id, error=error)
     yield last.model_dump_json(exclude_none=True).encode() + b"\n"
 

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from rollout_server.api.noted_errors import note_error
 from shared.errors import SlipstreamError
 from shared.schemas.base import ErrorBody, ErrorResponse
 
@@ -82,6 +83,7 @@ def error_type(status: int) -> str:
 
 def error_response(status: int, body: ErrorBody, retry_after_s: float | None = None) -> Response:
     """``ErrorResponse`` with its headers."""
+    note_error(body.code)
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s or 1.0)))

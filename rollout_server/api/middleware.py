@@ -13,8 +13,11 @@ from time import monotonic
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rollout_server.api.errors import internal_error_response, slipstream_error_response
+from rollout_server.api.noted_errors import note_error, noted_errors
 from rollout_server.metrics import ServiceMetrics
-from shared.errors import TooLargeError
+from rollout_server.tracing import remote_parent
+from shared.errors import SlipstreamError, TooLargeError
+from shared.logging import log_context
 
 LOGGER = logging.getLogger(__name__)
 
@@ -35,6 +38,16 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         request_id = _request_id(scope)
+        with (
+            log_context(http_request_id=request_id.decode()),
+            remote_parent(_header(scope, b"traceparent")),
+            noted_errors() as codes,
+        ):
+            await self._serve(request_id, codes, scope, receive, send)
+
+    async def _serve(
+        self, request_id: bytes, codes: list[str], scope: Scope, receive: Receive, send: Send
+    ) -> None:
         scope.setdefault("state", {})["request_id"] = request_id.decode()  # for what routes log
         started_s = monotonic()
         status = 0
@@ -49,6 +62,7 @@ class RequestContext:
                 }
             await send(message)
 
+        self._metrics.begin_request()
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
@@ -57,12 +71,15 @@ class RequestContext:
                 "request %s: %s %s failed", request_id.decode(), scope["method"], scope["path"]
             )
             if status:
+                note_error(SlipstreamError.code)
                 raise  # half an answer is out: only closing the connection tells the client
             await internal_error_response()(scope, receive, send_with_id)
         finally:
             method = scope["method"] if scope["method"] in KNOWN_METHODS else "OTHER"
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.observe_request(method, route, status, monotonic() - started_s)
+            duration_s = monotonic() - started_s
+            self._metrics.observe_request(method, route, status, duration_s, codes)
+            LOGGER.debug("%s %s %d in %.3f s", method, route, status, duration_s)
 
 
 class BodyLimit:
@@ -102,6 +119,13 @@ class BodyLimit:
         return TooLargeError(
             f"the body has {size}, above server.limits.max_body_bytes {self._max_body_bytes}"
         )
+
+
+def _header(scope: Scope, wanted: bytes) -> str | None:
+    for name, value in scope["headers"]:
+        if name == wanted and isinstance(value, bytes):
+            return value.decode("latin-1")
+    return None
 
 
 def _request_id(scope: Scope) -> bytes:

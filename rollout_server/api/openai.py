@@ -17,6 +17,7 @@ from rollout_server.api.bodies import body_of, json_response, read_body
 from rollout_server.api.dependencies import Service
 from rollout_server.api.errors import HttpError, error_body
 from rollout_server.api.limits import check_chat, check_completion
+from rollout_server.api.noted_errors import note_error
 from rollout_server.completions.chat import ChatChunks, chat_response
 from rollout_server.completions.job import check_model, short_name
 from shared.errors import SlipstreamError
@@ -109,6 +110,7 @@ async def _events(
                 yield _event(translate(chunk))
         except SlipstreamError as exc:
             # The status is out; OpenAI's clients raise on an event with an error.
+            note_error(exc.code)
             error = ErrorResponse(error=error_body(exc)).model_dump_json()
             yield b"data: %b\n\n" % error.encode()
             return

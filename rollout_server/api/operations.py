@@ -38,8 +38,8 @@ async def readyz(service: Service) -> Response:
 
 @router.get("/metrics", response_model=None, dependencies=needs(ApiScope.METRICS, ApiScope.ADMIN))
 async def metrics(service: Service) -> Response:
-    """Prometheus text format."""
-    return Response(service.metrics.render(), media_type=PROMETHEUS_TEXT)
+    """Prometheus text format: the server's own metrics, then vLLM's of every engine."""
+    return Response(await service.scrape(), media_type=PROMETHEUS_TEXT)
 
 
 @router.get(

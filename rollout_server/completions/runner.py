@@ -14,7 +14,9 @@ from rollout_server.completions.chat import prepare_chat_job
 from rollout_server.completions.job import CompletionJob, prepare_job
 from rollout_server.engine.protocol import GenerateDelta, GenerateResult, ModelInfo
 from rollout_server.router.router import Router
+from rollout_server.tracing import span
 from shared.errors import SlipstreamError, first_error
+from shared.logging import log_context
 from shared.schemas.chat import ChatCompletionRequest
 from shared.schemas.completions import CompletionRequest, CompletionResponse
 
@@ -150,16 +152,26 @@ class CompletionRunner:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _generate(self, job: CompletionJob, prompt_index: int) -> GenerateResult:
-        return (await self._router.generate(job.groups[prompt_index])).result
+        group_id = job.groups[prompt_index].request_id
+        with (
+            log_context(request_id=job.completion_id, group_id=group_id),
+            span("group", group_id=group_id, num_samples=job.request.n),
+        ):
+            return (await self._router.generate(job.groups[prompt_index])).result
 
     async def _pump(
         self, job: CompletionJob, prompt_index: int, queue: asyncio.Queue[_Event]
     ) -> None:
+        group_id = job.groups[prompt_index].request_id
         try:
-            stream = self._router.generate_stream(job.groups[prompt_index])
-            async with aclosing(stream) as deltas:
-                async for delta in deltas:
-                    await queue.put((prompt_index, delta))
+            with (
+                log_context(request_id=job.completion_id, group_id=group_id),
+                span("group", group_id=group_id, num_samples=job.request.n),
+            ):
+                stream = self._router.generate_stream(job.groups[prompt_index])
+                async with aclosing(stream) as deltas:
+                    async for delta in deltas:
+                        await queue.put((prompt_index, delta))
         except Exception as exc:  # noqa: BLE001 - crosses to the reader and is raised there
             await queue.put((prompt_index, exc))
         else:

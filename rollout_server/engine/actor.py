@@ -20,12 +20,14 @@ from rollout_server.engine.calibration_key import calibration_key
 from rollout_server.engine.calibration_run import calibrate_itself
 from rollout_server.engine.footprint import Footprint, own_footprint
 from rollout_server.engine.outputs import (
+    generate_timings,
     sampling_arguments,
     to_generated_sample,
     token_logprobs,
     version_spans,
 )
 from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
+from rollout_server.engine.vllm_metrics import MetricText, vllm_metrics
 from rollout_server.engine.weight_loading import WeightLoading
 from rollout_server.speculation.calibration import CalibrationKey, find_calibration
 from rollout_server.speculation.cost_model import CostModel
@@ -168,6 +170,7 @@ class EngineActor:
             engine_id=self._spec.engine_id,
             samples=sorted(samples, key=lambda sample: sample.sample_index),
             generate_s=time.perf_counter() - started,
+            timings=generate_timings(final.metrics),
         )
 
     async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
@@ -223,6 +226,10 @@ class EngineActor:
 
     async def set_speculation(self, patch: SpeculationPatch) -> None:
         await self._core("slipstream_patch_speculation", patch.model_dump_json())
+
+    async def vllm_metrics(self) -> tuple[MetricText, ...]:
+        """vLLM's own Prometheus metrics, which it keeps in this process."""
+        return vllm_metrics(self._spec.engine_id)
 
     async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
         """Check a verified file against the model and map it in every rank. Seconds."""

@@ -16,12 +16,14 @@ from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.footprint import Footprint, merged, remove_footprint
 from rollout_server.engine.lifecycle import EngineLifecycle
 from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
+from rollout_server.engine.status import engine_status
+from rollout_server.engine.vllm_metrics import MetricText
 from shared.config.weights import WeightsConfig
 from shared.errors import EngineDeadError, EngineError, SlipstreamError, WeightCommitError
 from shared.schemas.engines import EngineStatus
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
-from shared.types import DrafterScheme, EngineState
+from shared.types import EngineState
 
 CONTROL_TIMEOUT_S = 30.0
 """For calls that only read or set something between two engine steps."""
@@ -143,26 +145,13 @@ class RayEngineHandle:
         load: dict[str, Any] = {}
         if facts is not None and self.state is not EngineState.DEAD:
             load = await self._control(self._actor.load.remote(), "for its load")
-        return EngineStatus(
-            engine_id=self.engine_id,
+        return engine_status(
+            self.spec,
+            facts,
+            load,
             state=self.state,
             error=self.error,
-            pid=None if facts is None else facts.pid,
-            cpu_cores=self.spec.cpu_cores,
-            target_version=load.get("target_version", self._committed_version),
-            drafter_version=load.get("drafter_version", self._committed_version),
-            drafter_scheme=DrafterScheme.AUTO if facts is None else facts.drafter_scheme,
-            num_running_reqs=load.get("num_running_reqs", 0),
-            num_waiting_reqs=load.get("num_waiting_reqs", 0),
-            kv_cache_usage=load.get("kv_cache_usage", 0.0),
-            num_kv_blocks=0 if facts is None else facts.num_kv_blocks,
-            block_size=0 if facts is None else facts.block_size,
-            max_model_len=0 if facts is None else facts.max_model_len,
-            num_generation_tokens=load.get("num_generation_tokens", 0),
-            num_prompt_tokens=load.get("num_prompt_tokens", 0),
-            num_preemptions=load.get("num_preemptions", 0),
-            num_reserved=0,
-            start_up_s=0.0 if facts is None else facts.start_up_s,
+            committed_version=self._committed_version,
             uptime_s=time.monotonic() - self._created_s,
         )
 
@@ -174,6 +163,12 @@ class RayEngineHandle:
 
     async def set_speculation(self, patch: SpeculationPatch) -> None:
         await self._control(self._actor.set_speculation.remote(patch), "to change speculation")
+
+    async def vllm_metrics(self) -> tuple[MetricText, ...]:
+        families: tuple[MetricText, ...] = await self._control(
+            self._actor.vllm_metrics.remote(), "for vLLM's metrics"
+        )
+        return families
 
     async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
         self._check_alive()

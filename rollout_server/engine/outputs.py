@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rollout_server.engine.protocol import GeneratedSample
+from rollout_server.engine.protocol import GeneratedSample, GenerateTimings
 from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
 from shared.types import FinishReason
 
@@ -72,4 +72,15 @@ def to_generated_sample(completion: Any, current_version: int) -> GeneratedSampl
         weight_versions=version_spans(completion, current_version),
         num_draft_tokens=0 if metrics is None else metrics.num_draft_tokens,
         num_accepted_tokens=accepted,
+    )
+
+
+def generate_timings(stats: Any) -> GenerateTimings | None:
+    """From ``RequestStateStats`` (vLLM 0.32.0); None without any, or when no token was sampled."""
+    if stats is None or not stats.first_token_ts:
+        return None
+    return GenerateTimings(
+        first_token_s=stats.first_token_latency,
+        decode_s=max(0.0, stats.last_token_ts - stats.first_token_ts),
+        num_tokens=stats.num_generation_tokens,
     )

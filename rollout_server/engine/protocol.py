@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from rollout_server.engine.vllm_metrics import MetricText
 from shared.schemas.engines import EngineStatus
 from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
@@ -42,12 +43,26 @@ class GeneratedSample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateTimings:
+    """Where the seconds of a group went inside the engine, by its sample that finished last."""
+
+    first_token_s: float
+    """From its arrival in the engine, waiting there included."""
+    decode_s: float
+    """From the first token to the last."""
+    num_tokens: int
+    """Tokens of that sample."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateResult:
     """The samples of one prompt, in order of ``sample_index``."""
 
     engine_id: str
     samples: list[GeneratedSample]  # [n]
     generate_s: float
+    timings: GenerateTimings | None = None
+    """None when no token was sampled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +111,10 @@ class EngineHandle(Protocol):
     async def speculation(self, since_step: int) -> EngineSpeculation: ...
 
     async def set_speculation(self, patch: SpeculationPatch) -> None: ...
+
+    async def vllm_metrics(self) -> tuple[MetricText, ...]:
+        """vLLM's own Prometheus metrics, labelled with the engine's id."""
+        ...
 
     async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
         """Map and check a verified file against the model. Seconds.

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from rollout_server.collaborators import Scorer
 from rollout_server.engine.protocol import GenerateRequest
@@ -23,7 +24,9 @@ from rollout_server.rollouts.groups import (
 from rollout_server.rollouts.prompts import PreparedPrompt
 from rollout_server.router.router import Router
 from rollout_server.scoring.types import RewardResult, ScoreJob
+from rollout_server.tracing import span
 from shared.errors import ScoringError, SlipstreamError, UnavailableError, first_error
+from shared.logging import log_context
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest, RolloutUsage
 from shared.types import FinishReason, RewardStatus, RolloutRunState
 
@@ -39,6 +42,8 @@ class ExecutionParts:
     committed_version: Callable[[], int]
     on_group: Callable[[RolloutGroup], None]
     """Told of every delivered group (metrics)."""
+    on_group_seconds: Callable[[float], None] = lambda seconds: None
+    """Told how long it took, from acceptance to its scores."""
 
 
 class RolloutExecution:
@@ -139,6 +144,20 @@ class RolloutExecution:
             await asyncio.wait({self._task})
 
     async def _run(self, on_end: Callable[[RolloutExecution], None]) -> None:
+        with log_context(request_id=self.request_id):
+            started_s = monotonic()
+            await self._run_groups(on_end)
+            LOGGER.info(
+                "rollout %s %s: %d of %d groups, %d completion tokens, %.3f s",
+                self.request_id,
+                self.state.value,
+                self.num_finished_groups,
+                self.num_groups,
+                self.usage.num_completion_tokens,
+                monotonic() - started_s,
+            )
+
+    async def _run_groups(self, on_end: Callable[[RolloutExecution], None]) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for prompt in self._prompts:
@@ -163,8 +182,16 @@ class RolloutExecution:
         self.state = RolloutRunState.FAILED
 
     async def _run_group(self, prompt: PreparedPrompt) -> None:
-        request = self._request
         group_id = self._group_id(prompt.prompt_index)
+        with (
+            log_context(group_id=group_id),
+            span("group", group_id=group_id, num_samples=self._request.n),
+        ):
+            await self._generate_and_score(prompt, group_id)
+
+    async def _generate_and_score(self, prompt: PreparedPrompt, group_id: str) -> None:
+        request = self._request
+        started_s = monotonic()
         try:
             routed = await self._parts.router.generate(
                 GenerateRequest(
@@ -175,7 +202,8 @@ class RolloutExecution:
                 )
             )
             jobs = [score_job(prompt, sample, request.reward) for sample in routed.result.samples]
-            rewards = await asyncio.gather(*(self._score(job) for job in jobs))
+            with span("score", num_samples=sum(job is not None for job in jobs)):
+                rewards = await asyncio.gather(*(self._score(job) for job in jobs))
             group = build_group(
                 group_id=group_id,
                 prompt=prompt,
@@ -195,6 +223,12 @@ class RolloutExecution:
         self.usage = add_usage(self.usage, group)
         self._bodies[prompt.prompt_index] = body
         self._parts.on_group(group)
+        duration_s = monotonic() - started_s
+        self._parts.on_group_seconds(duration_s)
+        spans = [s for sample in routed.result.samples for s in sample.weight_versions]
+        version = max((s.version for s in spans), default=None)
+        with log_context(engine_id=routed.result.engine_id, weight_version=version):
+            LOGGER.debug("group %s delivered in %.3f s", group_id, duration_s)
         self._notify()
 
     async def _score(self, job: ScoreJob | None) -> RewardResult:

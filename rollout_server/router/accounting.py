@@ -12,7 +12,7 @@ class SampleAccounts:
     """
 
     def __init__(self, max_pending_samples: int) -> None:
-        self._max_pending_samples = max_pending_samples
+        self.max_pending_samples = max_pending_samples
         self.num_accepted = 0
         self.num_delivered = 0
         self.num_failed = 0
@@ -25,10 +25,10 @@ class SampleAccounts:
         Raises:
             OverloadedError: they would exceed ``server.limits.max_pending_samples``.
         """
-        if self.num_pending + num_samples > self._max_pending_samples:
+        if self.num_pending + num_samples > self.max_pending_samples:
             raise OverloadedError(
                 f"{num_samples} samples on top of {self.num_pending} pending ones exceed "
-                f"server.limits.max_pending_samples {self._max_pending_samples}"
+                f"server.limits.max_pending_samples {self.max_pending_samples}"
             )
         self.num_accepted += num_samples
         self.num_pending += num_samples

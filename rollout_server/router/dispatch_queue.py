@@ -28,6 +28,7 @@ POLL_S = 0.05
 class _Waiter:
     request_id: str
     num_samples: int
+    since_s: float
     future: asyncio.Future[EngineHandle | None]
 
 
@@ -59,6 +60,12 @@ class DispatchQueue:
         """Samples that wait for an engine."""
         return sum(waiter.num_samples for waiter in self._waiters.values())
 
+    @property
+    def longest_wait_s(self) -> float:
+        """How long the group at the head has waited; 0 when none waits."""
+        head = next(iter(self._waiters.values()), None)
+        return 0.0 if head is None else self._clock() - head.since_s
+
     def num_reserved(self, engine_id: str) -> int:
         """Samples ``engine_id`` holds."""
         return self._reserved.get(engine_id, 0)
@@ -73,7 +80,9 @@ class DispatchQueue:
             UnavailableError: no engine could take anything for ``engine_wait_timeout_s``.
         """
         future: asyncio.Future[EngineHandle | None] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(request_id=request_id, num_samples=num_samples, future=future)
+        waiter = _Waiter(
+            request_id=request_id, num_samples=num_samples, since_s=self._clock(), future=future
+        )
         self._waiters[request_id] = waiter
         self.dispatch()
         try:

@@ -23,7 +23,10 @@ from rollout_server.engine.protocol import (
 )
 from rollout_server.router.accounting import SampleAccounts
 from rollout_server.router.dispatch_queue import DispatchQueue
+from rollout_server.router.generation_facts import GenerationFacts, StreamTimer
+from rollout_server.tracing import now_ns, record_spans
 from shared.errors import EngineDeadError, EngineError, UnavailableError
+from shared.logging import log_context
 from shared.types import FinishReason
 
 LOGGER = logging.getLogger(__name__)
@@ -57,11 +60,13 @@ class Router:
         engine_wait_timeout_s: float,
         max_attempts: int,
         kv_cache_usage: Callable[[str], float] = lambda engine_id: 0.0,
+        on_generated: Callable[[GenerationFacts], None] = lambda facts: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.accounts = SampleAccounts(max_pending_samples)
         self.num_retries = 0
         self._max_attempts = max_attempts
+        self._on_generated = on_generated
         self._clock = clock
         self._live: dict[str, _LiveRequest] = {}
         self._queue = DispatchQueue(
@@ -99,6 +104,11 @@ class Router:
         """Samples that wait for an engine."""
         return self._queue.num_queued_samples
 
+    @property
+    def longest_wait_s(self) -> float:
+        """How long the group at the head of the queue has waited."""
+        return self._queue.longest_wait_s
+
     async def generate(self, request: GenerateRequest) -> RoutedResult:
         """All samples of one prompt, from one engine.
 
@@ -109,7 +119,7 @@ class Router:
             EngineError: the engine failed on this request.
             UnavailableError: no engine within ``server.engine_wait_timeout_s``.
         """
-        accepted_s = self._clock()
+        accepted_s, accepted_ns = self._clock(), now_ns()
         with self._registered(request) as live:
             for attempt in range(1, self._max_attempts + 1):
                 async with self._reserved(request, live) as handle:
@@ -118,7 +128,9 @@ class Router:
                         result = aborted_result(request)
                     else:
                         try:
-                            result = await handle.generate(request)
+                            with log_context(engine_id=handle.engine_id):
+                                result = await handle.generate(request)
+                            self._report(GenerationFacts.of(result, queue_s), accepted_ns)
                         except asyncio.CancelledError:
                             # Nobody wants the answer any more: stop the engine working on it.
                             await self._abort_on(handle, request.request_id)
@@ -146,6 +158,7 @@ class Router:
         Raises:
             as ``generate``.
         """
+        accepted_s, accepted_ns = self._clock(), now_ns()
         with self._registered(request) as live:
             for attempt in range(1, self._max_attempts + 1):
                 async with self._reserved(request, live) as handle:
@@ -153,11 +166,15 @@ class Router:
                         return
                     started = False
                     completed = False
+                    queue_s = self._clock() - accepted_s
+                    timer = StreamTimer(self._clock)
                     try:
                         async for delta in handle.generate_stream(request):
                             started = True
+                            timer.note(delta)
                             yield delta
                         completed = True
+                        self._report(timer.facts(handle.engine_id, queue_s), accepted_ns)
                         return
                     except EngineDeadError as exc:
                         completed = True
@@ -177,6 +194,10 @@ class Router:
         live.aborted = True
         if not self._queue.withdraw(request_id) and live.handle is not None:
             await self._abort_on(live.handle, request_id)
+
+    def _report(self, facts: GenerationFacts, accepted_ns: int) -> None:
+        self._on_generated(facts)
+        record_spans(facts.span_durations_s(), accepted_ns, engine_id=facts.engine_id)
 
     @contextmanager
     def _registered(self, request: GenerateRequest) -> Iterator[_LiveRequest]:
@@ -209,14 +230,15 @@ class Router:
         self, handle: EngineHandle, request: GenerateRequest, attempt: int, exc: EngineDeadError
     ) -> None:
         self._queue.mark_dead(handle.engine_id)
-        LOGGER.warning(
-            "engine %s died under %s (attempt %d of %d): %s",
-            handle.engine_id,
-            request.request_id,
-            attempt,
-            self._max_attempts,
-            exc.message,
-        )
+        with log_context(group_id=request.request_id, engine_id=handle.engine_id):
+            LOGGER.warning(
+                "engine %s died under %s (attempt %d of %d): %s",
+                handle.engine_id,
+                request.request_id,
+                attempt,
+                self._max_attempts,
+                exc.message,
+            )
 
     @staticmethod
     async def _abort_on(handle: EngineHandle, request_id: str) -> None:
@@ -224,9 +246,10 @@ class Router:
             await handle.abort(request_id)
         except EngineError as exc:
             # Its generate call ends with the same trouble; there is nobody else to tell.
-            LOGGER.warning(
-                "abort of %s on %s failed: %s", request_id, handle.engine_id, exc.message
-            )
+            with log_context(group_id=request_id, engine_id=handle.engine_id):
+                LOGGER.warning(
+                    "abort of %s on %s failed: %s", request_id, handle.engine_id, exc.message
+                )
 
 
 def aborted_result(request: GenerateRequest) -> GenerateResult:

@@ -46,6 +46,7 @@ class ScoringPool:
         self._config = config
         self._clock = clock or SystemClock()
         self._queue: asyncio.Queue[_QueuedJob] = asyncio.Queue()
+        self._seats: list[WorkerSeat] = []
         self._owners: list[asyncio.Task[None]] = []
         self._signatures: dict[str, RewardSignature] = {
             name: read_signature(reward.function) for name, reward in BUILTIN_REWARDS.items()
@@ -73,6 +74,7 @@ class ScoringPool:
             await asyncio.gather(*(seat.close() for seat in seats))
             raise
         self._is_open = True
+        self._seats = seats
         self._owners = [
             asyncio.create_task(self._serve(seat), name=f"scoring-worker-{index}")
             for index, seat in enumerate(seats)
@@ -87,6 +89,16 @@ class ScoringPool:
         await asyncio.gather(*owners, return_exceptions=True)
         while not self._queue.empty():
             _fail(self._queue.get_nowait(), _closed())
+
+    @property
+    def num_queued(self) -> int:
+        """Samples that wait for a worker."""
+        return self._queue.qsize()
+
+    @property
+    def num_worker_restarts(self) -> int:
+        """Workers replaced because they were late or had crashed."""
+        return sum(seat.num_restarts for seat in self._seats)
 
     def reward_names(self) -> list[str]:
         """Names a request may use."""

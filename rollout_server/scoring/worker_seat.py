@@ -33,6 +33,8 @@ class WorkerSeat:
         )
         self._clock = clock
         self._worker: WorkerProcess | None = None
+        self.num_restarts = 0
+        """Workers replaced so far."""
 
     async def start(self) -> dict[str, RewardSignature]:
         """Start the worker; the signatures of the user rewards.
@@ -99,6 +101,7 @@ class WorkerSeat:
             if self._worker is not None:
                 logger.warning("scoring: replacing worker %d", self._worker.pid)
                 await self._worker.kill()
+                self.num_restarts += 1
             try:
                 await self.start()
             except ConfigurationError as exc:  # importable at the start of the server, not any more

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from shared.config.base import SettingsModel
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
+from shared.config.observability import LoggingConfig, TracingConfig
 from shared.config.server import RayConfig, ScoringConfig, ServerConfig
 from shared.config.speculation import SpeculationConfig
 from shared.config.trainer import TrainerConfig
@@ -31,7 +32,8 @@ class RunConfig(SettingsModel):
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
     output_dir: str = "runs"
     seed: int = 0
-    log_level: str = Field(default="INFO", pattern=r"^(DEBUG|INFO|WARNING|ERROR)$")
+    logging: LoggingConfig = LoggingConfig()
+    tracing: TracingConfig = TracingConfig()
     model: ModelConfig
     demo_model: DemoModelConfig | None = None
     engine: EngineConfig = EngineConfig()

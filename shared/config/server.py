@@ -58,6 +58,8 @@ class ServerConfig(SettingsModel):
     shutdown_timeout_s: float = Field(default=30.0, gt=0)
     status_poll_s: float = Field(default=0.5, gt=0)
     """How often engine load is read for routing and metrics."""
+    engine_metrics_timeout_s: float = Field(default=1.0, gt=0)
+    """How long ``/metrics`` waits for vLLM's metrics; a late engine shows its last ones."""
     engine_wait_timeout_s: float = Field(default=300.0, gt=0)
     """How long requests wait for an engine while none can take them; afterwards they answer 503."""
     max_generate_attempts: int = Field(default=3, ge=1)

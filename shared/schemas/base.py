@@ -10,6 +10,8 @@ class WireModel(BaseModel):
         extra="forbid",
         use_enum_values=False,
         ser_json_inf_nan="null",
+        # Messages of a ValidationError that ends up in a log must not quote prompts.
+        hide_input_in_errors=True,
         # What is written under a field describes it in /openapi.json too.
         use_attribute_docstrings=True,
     )

@@ -6,12 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from prometheus_client import CollectorRegistry
+
 from rollout_server.engine.protocol import (
     GenerateDelta,
     GeneratedSample,
     GenerateRequest,
     GenerateResult,
+    GenerateTimings,
 )
+from rollout_server.engine.vllm_metrics import MetricText, vllm_metrics
 from shared.errors import EngineDeadError, EngineError
 from shared.schemas.engines import EngineStatus
 from shared.schemas.rollouts import WeightVersionSpan
@@ -45,6 +49,10 @@ class FakeEngine:
     dies_after_deltas: int | None = None
     """Dies in the middle of a stream, after this many deltas."""
     unblocked: asyncio.Event = field(default_factory=asyncio.Event)
+    metrics_unblocked: asyncio.Event = field(default_factory=asyncio.Event)
+    """Clear it, and the engine never answers for its metrics until it is set."""
+    num_metrics_asked: int = 0
+    vllm_registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     requests: list[GenerateRequest] = field(default_factory=list)
     patches: list[SpeculationPatch] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -54,6 +62,7 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self.unblocked.set()
+        self.metrics_unblocked.set()
         self._abort_events: dict[str, asyncio.Event] = {}
 
     def die(self) -> None:
@@ -65,7 +74,12 @@ class FakeEngine:
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         was_aborted = await self._work(request)
         samples = [self._sample(request, index, was_aborted) for index in range(request.n)]
-        return GenerateResult(engine_id=self.engine_id, samples=samples, generate_s=0.01)
+        return GenerateResult(
+            engine_id=self.engine_id,
+            samples=samples,
+            generate_s=0.01,
+            timings=GenerateTimings(first_token_s=0.004, decode_s=0.005, num_tokens=NUM_TOKENS),
+        )
 
     async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
         await self._work(request)
@@ -169,6 +183,12 @@ class FakeEngine:
     async def set_speculation(self, patch: SpeculationPatch) -> None:
         self._raise_if_failing()
         self.patches.append(patch)
+
+    async def vllm_metrics(self) -> tuple[MetricText, ...]:
+        self._raise_if_failing()
+        self.num_metrics_asked += 1
+        await self.metrics_unblocked.wait()
+        return vllm_metrics(self.engine_id, self.vllm_registry)
 
     async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
         return 0.0

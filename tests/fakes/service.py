@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import httpx
@@ -51,6 +51,8 @@ class FakeScorer:
         self.unblocked = asyncio.Event()
         self.unblocked.set()
         self.is_running = False
+        self.num_queued = 0
+        self.num_worker_restarts = 0
 
     async def start(self) -> None:
         self.is_running = True
@@ -96,7 +98,12 @@ class FakeCoordinator:
         )
 
     async def audit(self) -> AuditResponse:
-        return AuditResponse(version=self.committed_version, is_intact=True, engines=[])
+        report = AuditResponse(version=self.committed_version, is_intact=True, engines=[])
+        self.on_audit(report)
+        return report
+
+    def observe_audits(self, observer: Callable[[AuditResponse], None]) -> None:
+        self.on_audit = observer
 
     def status(self) -> WeightsResponse:
         return WeightsResponse(committed_version=self.committed_version, engines=[], history=[])

@@ -37,6 +37,7 @@ class Server:
     pid: int
     model: Path
     client: httpx.Client
+    log: Path
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "engine": {"num_kv_blocks": 200, "block_size": 32, "max_num_seqs": 32},
         "speculation": {"mode": "always", "num_speculative_tokens": 3},
         "server": {"port": 0},
+        "logging": {"format": "json"},
         "scoring": {"rewards": {"how_long": "tests.fakes.rewards:length"}},
     }
     config.write_text(json.dumps(settings))  # JSON is YAML
@@ -72,7 +74,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert ready.exists(), (directory / "server.log").read_text()[-3000:]
         url = json.loads(ready.read_text())["url"]
         with httpx.Client(base_url=url, timeout=120) as client:
-            yield Server(url=url, pid=process.pid, model=model, client=client)
+            yield Server(
+                url=url, pid=process.pid, model=model, client=client, log=directory / "server.log"
+            )
         family = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         assert process.wait(STOP_TIMEOUT_S) == 0
@@ -247,3 +251,19 @@ def test_a_killed_engine_is_replaced_and_serves_the_committed_weights(server: Se
     committed = server.client.get("/v1/weights").json()["committed_version"]
     (engine,) = server.client.get("/v1/engines").json()["engines"]
     assert engine["target_version"] == engine["drafter_version"] == committed
+
+
+def test_metrics_of_vllm_and_log_lines_of_the_server_carry_their_ids(server: Server) -> None:
+    body = {"request_id": "watched", "prompts": [{"prompt_token_ids": [1, 2, 3]}]}
+    body |= {"sampling": {"max_tokens": 4, "ignore_eos": True}}
+    server.client.post("/v1/rollouts", json=body).raise_for_status()
+    text = server.client.get("/metrics").text
+    engine_id = server.client.get("/v1/engines").json()["engines"][0]["engine_id"]
+    assert f'vllm:generation_tokens_total{{engine="{engine_id}",engine_index="0"' in text
+    assert f'slipstream_engine_metrics_age_seconds{{engine="{engine_id}"}}' in text
+    entries = [
+        json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")
+    ]
+    assert {entry["process"] for entry in entries} == {"server"}
+    (finished,) = (entry for entry in entries if entry.get("request_id") == "watched")
+    assert finished["message"].startswith("rollout watched finished: 1 of 1 groups")
