@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from rollout_server.api import control_plane, data_plane, openai, operations
+from rollout_server.api import control_plane, dashboard, data_plane, openai, operations
 from rollout_server.api.bodies import install_openapi
 from rollout_server.api.errors import install_error_handlers
 from rollout_server.api.middleware import BodyLimit, RequestContext
@@ -23,7 +23,7 @@ def create_app(service: RolloutService) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    for plane in (data_plane, openai, control_plane, operations):
+    for plane in (data_plane, openai, control_plane, operations, dashboard):
         app.include_router(plane.router)
     install_error_handlers(app)
     install_openapi(app)

@@ -74,6 +74,11 @@ class EngineHandle(Protocol):
     def state(self) -> EngineState: ...
 
     @property
+    def error(self) -> str | None:
+        """Why it is dead, if it is."""
+        ...
+
+    @property
     def committed_version(self) -> int:
         """Target version as of the last commit this handle saw."""
         ...

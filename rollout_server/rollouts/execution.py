@@ -37,8 +37,8 @@ class ExecutionParts:
     router: Router
     scorer: Scorer
     committed_version: Callable[[], int]
-    on_group: Callable[[RolloutGroup], None]
-    """Told of every delivered group (metrics)."""
+    on_group: Callable[[RolloutGroup, RolloutRequest], None]
+    """Told of every delivered group and what asked for it (metrics, dashboard)."""
 
 
 class RolloutExecution:
@@ -190,7 +190,7 @@ class RolloutExecution:
         self._settle(num_delivered=request.n - num_cancelled, num_cancelled=num_cancelled)
         self.usage = add_usage(self.usage, group)
         self._bodies[prompt.prompt_index] = body
-        self._parts.on_group(group)
+        self._parts.on_group(group, request)
         self._notify()
 
     async def _score(self, job: ScoreJob | None) -> RewardResult:

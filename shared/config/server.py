@@ -18,6 +18,15 @@ class LimitsConfig(SettingsModel):
     """Samples accepted and not delivered; above it new requests answer 429."""
 
 
+class DashboardConfig(SettingsModel):
+    """The page at ``/dashboard`` and the events it lives from."""
+
+    interval_s: float = Field(default=1.0, gt=0)
+    """Between two events, however much happens."""
+    max_listeners: int = Field(default=16, ge=1)
+    """Open streams of ``GET /v1/events``; above it the answer is 429."""
+
+
 class ServerConfig(SettingsModel):
     """Where the API listens and how it behaves."""
 
@@ -25,6 +34,7 @@ class ServerConfig(SettingsModel):
     port: int = Field(default=8000, ge=0, le=65535)
     """0 picks a free port."""
     limits: LimitsConfig = LimitsConfig()
+    dashboard: DashboardConfig = DashboardConfig()
     result_ttl_s: float = Field(default=600.0, gt=0)
     """How long a finished request's result can be fetched again."""
     result_store_mib: int = Field(default=512, ge=1)
