@@ -14,11 +14,15 @@ from tests.fakes.service import until
 
 
 @asynccontextmanager
-async def serving(service: RolloutService) -> AsyncIterator[str]:
-    """Start service and server; yields the base URL, and checks the books at the end."""
+async def serving(service: RolloutService, port: int = 0) -> AsyncIterator[str]:
+    """Start service and server; yields the base URL, and checks the books at the end.
+
+    Args:
+        port: of a server that was there before; 0 picks a free one.
+    """
     await service.start()
     config = uvicorn.Config(
-        create_app(service), host="127.0.0.1", port=0, log_level="warning", lifespan="off"
+        create_app(service), host="127.0.0.1", port=port, log_level="warning", lifespan="off"
     )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
