@@ -145,7 +145,8 @@ async def test_an_engine_that_is_lost_and_a_push_are_told() -> None:
 
 
 async def test_no_more_listeners_than_allowed_and_a_place_is_free_when_one_leaves() -> None:
-    service = fake_service(server=FAST)
+    # No event makes the server notice: it is told when a connection closes.
+    service = fake_service(server={"dashboard": {"interval_s": 30.0, "max_listeners": 2}})
     async with serving(service) as url, httpx.AsyncClient(timeout=20) as client:
         async with listening(client, url), listening(client, url):
             refused = await client.get(f"{url}/v1/events")
@@ -176,6 +177,7 @@ async def test_a_stop_of_the_server_ends_the_stream_with_the_reason() -> None:
 async def test_updates_come_at_the_interval_however_much_happens() -> None:
     service = fake_service(server={"dashboard": {"interval_s": 30.0}})
     async with running_in_process(service) as client:
+        await until(lambda: service.dashboard._load, "the first look")
         listener = service.dashboard.subscribe()
         for _ in range(20):
             await client.post("/v1/rollouts", json=SCORED)
