@@ -93,8 +93,9 @@ function bandsWhereOn(points, now_s) {
 
 function timeAxis(low, high) {
   const span = high - low;
-  const ticks = [0, 0.25, 0.5, 0.75].map((f) => [low + f * span, `-${seconds((1 - f) * span).replace(/\.\d+/, "")}`]);
-  return { low, high: high || low + 1, ticks: [...ticks.slice(1), [high - span * 0.01, "now"]], format: clockTime };
+  const text = (age_s) => (span < 10 ? `-${number(age_s, 1)} s` : `-${seconds(age_s).replace(/\.\d+/, "")}`);
+  const ticks = [0.25, 0.5, 0.75].map((f) => [low + f * span, text((1 - f) * span)]);
+  return { low, high: high || low + 1, ticks: [...ticks, [high - span * 0.01, "now"]], format: clockTime };
 }
 
 const sum = (list, value) => list.reduce((total, item) => total + value(item), 0);
