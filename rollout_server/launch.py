@@ -119,6 +119,8 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             logger.info("stopping")
             ready_file.unlink(missing_ok=True)
+            # Listeners stay as long as they are let: their streams must end before uvicorn waits.
+            await service.dashboard.close()
             server.should_exit = True
             await serving
     finally:

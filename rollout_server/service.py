@@ -1,14 +1,15 @@
 """The assembled rollout service: what the HTTP routes call. Launch code builds it; tests too.
 
-Owns the router, the registry of rollouts, the status poller, the speculation policy and the
-metrics; starts and closes the scorer and closes the coordinator. The engine pool's life belongs to
-whoever made it, because engines outlive and precede the service.
+Owns the router, the registry of rollouts, the status poller, the speculation policy, the metrics
+and the dashboard's feed; starts and closes the scorer and closes the coordinator. The engine pool's
+life belongs to whoever made it, because engines outlive and precede the service.
 """
 
 from __future__ import annotations
 
 from rollout_server.collaborators import Coordinator, Scorer, Tokenizer
 from rollout_server.completions.runner import CompletionRunner
+from rollout_server.dashboard.feed import DashboardFeed, FeedSources
 from rollout_server.engine.protocol import EnginePool, ModelInfo
 from rollout_server.engine_scrape import EngineScraper
 from rollout_server.live_speculation import LiveSpeculation
@@ -24,6 +25,7 @@ from shared.config.run import RunConfig
 from shared.errors import UnavailableError
 from shared.schemas.engines import EnginesResponse
 from shared.schemas.operations import ReadyzResponse
+from shared.schemas.rollouts import RolloutGroup, RolloutRequest
 from shared.schemas.speculation import SpeculationPolicy
 from shared.schemas.weights import (
     AuditResponse,
@@ -78,6 +80,8 @@ class RolloutService:
             interval_s=server.status_poll_s,
             num_reserved=self.router.num_reserved,
             on_tick=self._on_tick,
+            wanted_since_step=lambda engine_id: self.dashboard.wanted_since_step(engine_id),
+            on_speculation=lambda report: self.dashboard.observe_speculation(report),
         )
         self._scraper = EngineScraper(pool, timeout_s=server.engine_metrics_timeout_s)
         self.metrics = ServiceMetrics(
@@ -96,12 +100,26 @@ class RolloutService:
         )
         self._pushes = ObservedPushes(coordinator, self.metrics.weights)
         coordinator.observe_audits(self.metrics.weights.observe_audit)
+        self.dashboard = DashboardFeed(
+            server.dashboard,
+            FeedSources(
+                pool=pool,
+                tokenizer=tokenizer,
+                statuses=self.status_poller.statuses,
+                speculation=self.status_poller.speculation,
+                policy=lambda: self.live_speculation.policy,
+                policy_of=self.live_speculation.policy_of,
+                weights=coordinator.status,
+                accounts=self.router.accounts,
+                num_queued_samples=lambda: self.router.num_queued_samples,
+            ),
+        )
         self.rollouts = RolloutRegistry(
             parts=ExecutionParts(
                 router=self.router,
                 scorer=scoring,
                 committed_version=lambda: coordinator.committed_version,
-                on_group=self.metrics.observe_group,
+                on_group=self._on_group,
                 on_group_seconds=self.metrics.observe_group_seconds,
             ),
             tokenizer=tokenizer,
@@ -130,9 +148,11 @@ class RolloutService:
         await self._scoring.start()
         await self.router.start()
         await self.status_poller.start()
+        await self.dashboard.start()
 
     async def close(self) -> None:
         """End everything within about ``server.shutdown_timeout_s``. Idempotent."""
+        await self.dashboard.close()
         await self.rollouts.close(self.config.server.shutdown_timeout_s)
         await self.router.close()
         await self.status_poller.close()
@@ -165,6 +185,7 @@ class RolloutService:
             WeightTransferError: the push was refused or an engine failed.
         """
         response = await self._pushes.publish(request)
+        self.dashboard.observe_push(response)
         self.router.wake()
         return response
 
@@ -203,6 +224,10 @@ class RolloutService:
             num_engines=len(engines),
             target_count=self._pool.target_count,
         )
+
+    def _on_group(self, group: RolloutGroup, request: RolloutRequest) -> None:
+        self.metrics.observe_group(group)
+        self.dashboard.observe_group(group, request)
 
     def _on_tick(self) -> None:
         self.rollouts.sweep()

@@ -33,11 +33,20 @@ class StatusPoller:
         interval_s: float,
         num_reserved: Callable[[str], int],
         on_tick: Callable[[], None],
+        wanted_since_step: Callable[[str], int] = lambda engine_id: NO_HISTORY_STEP,
+        on_speculation: Callable[[EngineSpeculation], None] = lambda report: None,
     ) -> None:
+        """
+        Args:
+            wanted_since_step: by engine id: reports carry decisions after this step.
+            on_speculation: told of every report.
+        """
         self._pool = pool
         self._interval_s = interval_s
         self._num_reserved = num_reserved
         self._on_tick = on_tick
+        self._wanted_since_step = wanted_since_step
+        self._on_speculation = on_speculation
         self._statuses: dict[str, EngineStatus] = {}
         self._speculation: dict[str, EngineSpeculation] = {}
         self._answered_s: dict[str, float] = {}
@@ -109,7 +118,9 @@ class StatusPoller:
         engine_id = engine.engine_id
         try:
             self._statuses[engine_id] = await engine.status()
-            self._speculation[engine_id] = await engine.speculation(NO_HISTORY_STEP)
+            report = await engine.speculation(self._wanted_since_step(engine_id))
+            self._on_speculation(report)
+            self._speculation[engine_id] = report.model_copy(update={"history": []})
             self._answered_s[engine_id] = monotonic()
             self._errors.pop(engine_id, None)
         except EngineDeadError as exc:

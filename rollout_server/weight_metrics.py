@@ -14,6 +14,7 @@ from shared import metrics as names
 from shared.errors import SlipstreamError, error_codes
 from shared.logging import log_context
 from shared.schemas.weights import AuditResponse, PublishRequest, PublishResponse
+from shared.types import SegmentEncoding
 
 PUSH_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 PHASES = ("verifying", "staging", "loading", "recording", "resume")
@@ -88,7 +89,7 @@ class WeightMetrics:
             self._phases.labels(phase)
         for outcome in ("intact", "mismatch", "incomplete"):
             self._audits.labels(outcome)
-        self._bytes.labels(FULL_ENCODING)
+        self._bytes.labels(SegmentEncoding.FULL.value)
 
     def observe_commit(
         self, request: PublishRequest, response: PublishResponse, duration_s: float

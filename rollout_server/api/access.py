@@ -24,8 +24,11 @@ from shared.api_keys import ApiKey, ApiKeys
 from shared.errors import AuthenticationError, ForbiddenError
 from shared.types import ApiScope
 
-PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
-"""For load balancers and Kubernetes: they say whether the service is up, and nothing else."""
+PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/dashboard"})
+"""For load balancers and Kubernetes: they say whether the service is up, and nothing else. And the
+dashboard's page: browsers send no key for a page, and this one holds no data, only asks for it."""
+PUBLIC_FOLDER = "/dashboard/"
+"""Scripts and style of that page."""
 ANY_KEY_PATHS = frozenset({"/openapi.json"})
 """Routes FastAPI adds itself, where a scope cannot stand: any key will do."""
 
@@ -78,13 +81,13 @@ def check_every_route_has_a_scope(routes: Iterable[BaseRoute]) -> None:
     """
     for route in routes:
         path = getattr(route, "path", None)
-        if path not in PUBLIC_PATHS | ANY_KEY_PATHS and not scopes_of(route):
+        if path is None or not (_is_public_path(path) or path in ANY_KEY_PATHS or scopes_of(route)):
             # Not an assert statement: those are gone under ``python -O``.
             raise AssertionError(f"route {path} has no scope: add dependencies=needs(...)")
 
 
 class Authentication:
-    """Finds the key of every request but those to ``PUBLIC_PATHS``, or answers 401."""
+    """Finds the key of every request but those to public paths, or answers 401."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
@@ -128,7 +131,9 @@ def describe_security(schema: dict[str, Any], routes: Iterable[BaseRoute]) -> No
     }
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
     for route in routes:
-        if not isinstance(route, APIRoute) or route.path_format in PUBLIC_PATHS:
+        if not isinstance(route, APIRoute) or not route.include_in_schema:
+            continue
+        if _is_public_path(route.path_format):
             continue
         allowed = " or ".join(scopes_of(route))
         for method in route.methods:
@@ -141,7 +146,14 @@ def describe_security(schema: dict[str, Any], routes: Iterable[BaseRoute]) -> No
 
 
 def _is_public(scope: Scope) -> bool:
-    return scope["type"] == "http" and scope["path"] in PUBLIC_PATHS and not scope.get("root_path")
+    if scope["type"] != "http" or scope.get("root_path"):
+        return False
+    return _is_public_path(scope["path"])
+
+
+def _is_public_path(path: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    return path in PUBLIC_PATHS or (f"{folder}/" == PUBLIC_FOLDER and bool(name))
 
 
 def _unauthenticated() -> AuthenticationError:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from rollout_server.api import control_plane, data_plane, openai, operations
+from rollout_server.api import control_plane, dashboard, data_plane, openai, operations
 from rollout_server.api.access import Authentication, check_every_route_has_a_scope
 from rollout_server.api.bodies import install_openapi
 from rollout_server.api.compression import Compression
@@ -32,7 +32,7 @@ def create_app(service: RolloutService, api_keys: ApiKeys | None = None) -> Fast
     )
     app.state.service = service
     app.state.api_keys = keys
-    for plane in (data_plane, openai, control_plane, operations):
+    for plane in (data_plane, openai, control_plane, operations, dashboard):
         app.include_router(plane.router)
     check_every_route_has_a_scope(app.routes)
     install_error_handlers(app)

@@ -94,6 +94,11 @@ class EngineHandle(Protocol):
         ...
 
     @property
+    def error(self) -> str | None:
+        """Why it is dead, if it is."""
+        ...
+
+    @property
     def committed_version(self) -> int:
         """Target version as of the last commit this handle saw."""
         ...

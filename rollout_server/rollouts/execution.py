@@ -40,8 +40,8 @@ class ExecutionParts:
     router: Router
     scorer: Scorer
     committed_version: Callable[[], int]
-    on_group: Callable[[RolloutGroup], None]
-    """Told of every delivered group (metrics)."""
+    on_group: Callable[[RolloutGroup, RolloutRequest], None]
+    """Told of every delivered group and what asked for it (metrics, dashboard)."""
     on_group_seconds: Callable[[float], None] = lambda seconds: None
     """Told how long it took, from acceptance to its scores."""
 
@@ -222,7 +222,7 @@ class RolloutExecution:
         self._settle(num_delivered=request.n - num_cancelled, num_cancelled=num_cancelled)
         self.usage = add_usage(self.usage, group)
         self._bodies[prompt.prompt_index] = body
-        self._parts.on_group(group)
+        self._parts.on_group(group, request)
         duration_s = monotonic() - started_s
         self._parts.on_group_seconds(duration_s)
         spans = [s for sample in routed.result.samples for s in sample.weight_versions]

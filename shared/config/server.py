@@ -31,6 +31,15 @@ class LimitsConfig(SettingsModel):
     """Samples accepted and not delivered; above it new requests answer 429."""
 
 
+class DashboardConfig(SettingsModel):
+    """The page at ``/dashboard`` and the events it lives from."""
+
+    interval_s: float = Field(default=1.0, gt=0)
+    """Between two events, however much happens."""
+    max_listeners: int = Field(default=16, ge=1)
+    """Open streams of ``GET /v1/events``; above it the answer is 429."""
+
+
 class ServerConfig(SettingsModel):
     """Where the API listens and how it behaves."""
 
@@ -51,6 +60,7 @@ class ServerConfig(SettingsModel):
     compress_above_bytes: int | None = Field(default=64 * 1024, ge=0)
     """Answers of this size are compressed for callers that accept zstd or gzip, and so are streams
     of groups; null compresses nothing."""
+    dashboard: DashboardConfig = DashboardConfig()
     result_ttl_s: float = Field(default=600.0, gt=0)
     """How long a finished request's result can be fetched again."""
     result_store_mib: int = Field(default=512, ge=1)

@@ -41,6 +41,7 @@ class FakeEngine:
     engine_id: str
     state: EngineState = EngineState.SERVING
     committed_version: int = 0
+    error: str | None = None
     delay_s: float = 0.0
     fail_with: EngineError | None = None
     """Raised by the next calls of generate, status and speculation."""
@@ -65,9 +66,10 @@ class FakeEngine:
         self.metrics_unblocked.set()
         self._abort_events: dict[str, asyncio.Event] = {}
 
-    def die(self) -> None:
+    def die(self, reason: str = "it was made to die") -> None:
         """Every present and later call raises ``EngineDeadError``."""
         self.state = EngineState.DEAD
+        self.error = self.error or reason
         for event in self._abort_events.values():
             event.set()
 
@@ -221,7 +223,7 @@ class FakeEngine:
         )
 
     def condemn(self, reason: str) -> None:
-        self.die()
+        self.die(reason)
 
     async def discard(self, version: int) -> None:
         return None

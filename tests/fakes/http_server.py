@@ -15,17 +15,22 @@ from tests.fakes.service import until
 
 
 @asynccontextmanager
-async def serving(service: RolloutService, api_keys: ApiKeys | None = None) -> AsyncIterator[str]:
+async def serving(
+    service: RolloutService, api_keys: ApiKeys | None = None, port: int = 0
+) -> AsyncIterator[str]:
     """Start service and server; yields the base URL, and checks the books at the end.
 
     Speaks HTTPS where the service's configuration has a certificate.
+
+    Args:
+        port: of a server that was there before; 0 picks a free one.
     """
     await service.start()
     options = service.config.server
     config = uvicorn.Config(
         create_app(service, api_keys),
         host="127.0.0.1",
-        port=0,
+        port=port,
         log_level="warning",
         lifespan="off",
         ssl_certfile=options.tls_certificate_file,
