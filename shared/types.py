@@ -149,6 +149,9 @@ class DeltaMode(StrEnum):
     """When a trainer pushes only what changed."""
 
     AUTO = "auto"
+    """Where bytes are dear, over a shared disk: as ``on``; in shared memory, where finding out what
+    changed takes longer than writing everything: as ``off``."""
+    ON = "on"
     """When the base can be read, and the delta is at most ``weights.delta_max_share`` of it."""
     OFF = "off"
     """Every push holds every tensor."""

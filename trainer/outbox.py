@@ -79,11 +79,17 @@ class FileOutbox:
         # A name left behind by an interrupted push of this very process would refuse the write.
         path.unlink(missing_ok=True)
         manifest = None
-        if base is not None and self._config.delta is DeltaMode.AUTO:
+        if base is not None and self._wants_delta:
             manifest = self._write_delta(path, specs, produce, self._directory / base)
         if manifest is None:
             manifest = write_segment(path, specs, produce, is_durable=self._is_durable)
         return Written(manifest, path.stat().st_size)
+
+    @property
+    def _wants_delta(self) -> bool:
+        mode = self._config.delta
+        is_over_disk = self._config.transport is TransportKind.FILESYSTEM
+        return mode is DeltaMode.ON or (mode is DeltaMode.AUTO and is_over_disk)
 
     def _write_delta(
         self, path: Path, specs: Sequence[TensorSpec], produce: Produce, base: Path

@@ -20,7 +20,7 @@ from shared.config.weights import WeightsConfig
 from shared.errors import ConflictError, RequestError, WeightTransferError
 from shared.safetensors_file import read_header
 from shared.schemas.weights import PublishRequest, PublishResponse
-from shared.types import SegmentEncoding, TransportKind
+from shared.types import DeltaMode, SegmentEncoding, TransportKind
 from shared.weights import SegmentKind, build_manifest, segment_name
 from tests.fakes.models import make_micro_model
 from trainer.policy import Policy
@@ -39,7 +39,8 @@ def publisher(directory: Path, answer: Callable[[httpx.Request], httpx.Response]
     client = RolloutClient(
         "http://server", timeout_s=5, transport=httpx.MockTransport(answer), pause=lambda _: None
     )
-    return Publisher(client, WeightsConfig(shared_memory_dir=str(directory)))
+    config = WeightsConfig(shared_memory_dir=str(directory), delta=DeltaMode.ON)
+    return Publisher(client, config)
 
 
 def accepted(request: PublishRequest) -> httpx.Response:
@@ -252,6 +253,32 @@ def test_a_delta_that_is_refused_is_followed_by_everything(
     pushing.publish(changing, version=2, base_version=1)
     assert server.encodings == ["full", "delta", "full"]
     assert [push.version for push in server.pushes] == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("transport", "mode", "second"),
+    [
+        (TransportKind.SHARED_MEMORY, DeltaMode.AUTO, "full"),
+        (TransportKind.FILESYSTEM, DeltaMode.AUTO, "delta"),
+        (TransportKind.FILESYSTEM, DeltaMode.OFF, "full"),
+    ],
+)
+def test_whether_changes_alone_are_sent_is_a_question_of_transport_and_setting(
+    tmp_path: Path, changing: Policy, transport: TransportKind, mode: DeltaMode, second: str
+) -> None:
+    server = DeltaServer(tmp_path)
+    client = RolloutClient("http://server", timeout_s=5, transport=httpx.MockTransport(server))
+    config = WeightsConfig(
+        transport=transport,
+        shared_memory_dir=str(tmp_path),
+        filesystem_dir=str(tmp_path),
+        delta=mode,
+    )
+    pushing = Publisher(client, config)
+    pushing.publish(changing, version=1, base_version=0)
+    step(changing, 0.01)
+    pushing.publish(changing, version=2, base_version=1)
+    assert server.encodings == ["full", second]
 
 
 def test_without_the_servers_file_everything_is_sent(tmp_path: Path, changing: Policy) -> None:
