@@ -28,8 +28,10 @@ def run_kills(directory: Path, num_rounds: int, seed: int) -> tuple[Counts, int]
         for _ in range(num_rounds):
             for victim in VICTIMS:
                 run.kill_once(victim)
-    finally:
-        run.close()
+    except BaseException:
+        run.abandon()
+        raise
+    run.close()
     sweep_stale_segments(SHARED_MEMORY)  # as the next trainer or server does
     return run.counts, len(left_in_shared_memory(before))
 

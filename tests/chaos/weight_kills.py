@@ -207,3 +207,7 @@ class KillRun:
     def close(self) -> None:
         """Stop the server well."""
         self._server.stop()
+
+    def abandon(self) -> None:
+        """After an error: leave no server, and do not hide the error."""
+        self._server.kill()
