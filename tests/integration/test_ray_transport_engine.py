@@ -46,7 +46,12 @@ def test_an_engine_on_another_node_serves_what_was_pushed(
     server = ServerProcess(
         tmp_path,
         old,
-        {"ray": {"address": cluster.address}, "weights": weights.model_dump(mode="json")},
+        {
+            "ray": {"address": cluster.address},
+            # A CPU, so that it goes where there are some.
+            "engine": {"num_cpus": 1, "num_kv_blocks": 200, "block_size": 32, "max_num_seqs": 32},
+            "weights": weights.model_dump(mode="json"),
+        },
     )
     try:
         engine = ray.get_actor("engine-0", namespace=NAMESPACE)

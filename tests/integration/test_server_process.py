@@ -82,7 +82,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert process.wait(STOP_TIMEOUT_S) == 0
         _, alive = psutil.wait_procs(family, timeout=15)
         assert alive == [], "processes left behind"
-        assert shared_memory_files() - before == set(), "shared memory left behind"
+        assert left_in_shared_memory(before) == set(), "shared memory left behind"
         assert not ready.exists()
     finally:
         if process.poll() is None:
