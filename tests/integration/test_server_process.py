@@ -24,6 +24,7 @@ from tests.support.server_process import (
     START_TIMEOUT_S,
     STOP_TIMEOUT_S,
     push_to,
+    left_in_shared_memory,
     shared_memory_files,
     wait_until,
 )
