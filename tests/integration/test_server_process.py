@@ -23,8 +23,8 @@ from tests.support.models import greedy_reference, make_model, random_prompts
 from tests.support.server_process import (
     START_TIMEOUT_S,
     STOP_TIMEOUT_S,
-    push_to,
     left_in_shared_memory,
+    push_to,
     shared_memory_files,
     wait_until,
 )
