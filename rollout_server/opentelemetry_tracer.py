@@ -50,7 +50,7 @@ class OpenTelemetryTracer:
         ) as current:
             try:
                 yield
-            except BaseException as exc:
+            except BaseException as exc:  # noted in the span and passed on, a cancellation too
                 code = exc.code if isinstance(exc, SlipstreamError) else type(exc).__name__
                 current.set_attribute("error.type", code)
                 current.set_status(Status(StatusCode.ERROR, code))

@@ -94,7 +94,7 @@ class ShardGroup:
         }
         try:
             version = publish()
-        except BaseException as exc:
+        except BaseException as exc:  # whatever it is, the other ranks must not wait for it
             self._tell_failure(exc)
             raise
         finally:

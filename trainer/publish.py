@@ -103,7 +103,7 @@ class Publisher:
                 self._base = None
                 written = self._write(policy, version, base_version)
                 response = self._send(written, version, base_version)
-        except BaseException:
+        except BaseException:  # a stop, too
             self._base = None  # what is committed now is not known for sure
             raise
         finally:

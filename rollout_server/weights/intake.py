@@ -59,7 +59,7 @@ def take_in(
             delta_path = directory / manifest.segment
             apply_delta(previous, delta_path, manifest, path, is_given_up, is_durable=is_durable)
             claim_segment(path, record_path)
-    except BaseException:
+    except BaseException:  # whatever it is, nothing of a refused push stays
         remove_segment(path)
         raise
     manifest = manifest.model_copy(update={"encoding": SegmentEncoding.FULL})

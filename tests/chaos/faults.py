@@ -28,7 +28,7 @@ def run_kills(directory: Path, num_rounds: int, seed: int) -> tuple[Counts, int]
         for _ in range(num_rounds):
             for victim in VICTIMS:
                 run.kill_once(victim)
-    except BaseException:
+    except BaseException:  # an interrupt, too: no server stays behind
         run.abandon()
         raise
     run.close()
