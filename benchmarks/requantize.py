@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from benchmarks.harness.engines import ensure_model, running_engine
 from benchmarks.harness.results import print_last_line, write_result
@@ -102,15 +103,22 @@ def measure(weights: Sequence[torch.Tensor], repeats: int) -> dict[str, list[flo
 
 
 async def measure_commits(model: Path, scheme: str, pushes: int) -> list[dict[str, float]]:
-    """What commits of the same weights report in a running engine."""
+    """What commits report in a running engine. Two contents take turns that differ in the lowest
+    bit of every element: an engine loads nothing that it has already."""
     timings = []
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="slipstream-bench-") as directory:
-        segment = Path(directory) / "slipstream-bench.safetensors"
-        shutil.copy(model / "model.safetensors", segment)
-        manifest = build_manifest(segment)
+        segments = [Path(directory) / f"slipstream-bench-{number}.safetensors" for number in (0, 1)]
+        shutil.copy(model / "model.safetensors", segments[0])
+        other = {
+            name: (tensor.view(torch.int16) ^ 1).view(torch.bfloat16)
+            for name, tensor in load_file(segments[0]).items()
+        }
+        save_file(other, segments[1])
+        manifests = [build_manifest(segment) for segment in segments]
         async with running_engine(engine_spec(model, scheme=DrafterScheme(scheme))) as engine:
             for version in range(1, pushes + 2):
-                await engine.stage(version, str(segment), manifest)
+                number = version % 2
+                await engine.stage(version, str(segments[number]), manifests[number])
                 commit = await engine.commit(version, PauseMode.KEEP)
                 if version > 1:
                     timings.append({"load_s": commit.load_s, "requantize_s": commit.requantize_s})

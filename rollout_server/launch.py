@@ -67,6 +67,7 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
         service = RolloutService(config, pool, scoring, coordinator, tokenizer)
         pool.before_serving(coordinator.bring_up_to_date)
         pool.before_serving(service.live_speculation.apply_to)
+        pool.before_serving(service.generation.apply_to)  # the last: see there
         stack.push_async_callback(service.close)
         await service.start()
         await pool.start()

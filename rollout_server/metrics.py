@@ -212,7 +212,8 @@ class _SourcesCollector(Collector):
             (names.SAMPLES_DELIVERED, "Samples delivered.", accounts.num_delivered),
             (names.SAMPLES_FAILED, "Samples lost to an error.", accounts.num_failed),
             (names.SAMPLES_CANCELLED, "Samples aborted.", accounts.num_cancelled),
-            (names.GENERATE_RETRIES, "Groups generated afresh.", router.num_retries),
+            (names.GENERATE_RETRIES, "Groups whose engine died.", router.num_retries),
+            (names.KEPT_TOKENS, "Tokens kept from dead engines.", router.num_kept_tokens),
             (names.SCORING_RESTARTS, "Reward workers replaced.", num_restarts),
         ):
             yield CounterMetricFamily(name, text, value=value)

@@ -7,11 +7,14 @@ life belongs to whoever made it, because engines outlive and precede the service
 
 from __future__ import annotations
 
+from functools import partial
+
 from rollout_server.collaborators import Coordinator, Scorer, Tokenizer
 from rollout_server.completions.runner import CompletionRunner
 from rollout_server.dashboard.feed import DashboardFeed, FeedSources
 from rollout_server.engine.protocol import EnginePool, ModelInfo
 from rollout_server.engine_scrape import EngineScraper
+from rollout_server.generation_control import GenerationControl
 from rollout_server.live_speculation import LiveSpeculation
 from rollout_server.metrics import MetricSources, ServiceMetrics
 from rollout_server.rollouts.execution import ExecutionParts
@@ -20,6 +23,7 @@ from rollout_server.rollouts.result_store import ResultStore
 from rollout_server.router.router import Router
 from rollout_server.router.strategy import READY_STATES
 from rollout_server.status_poller import StatusPoller
+from rollout_server.tokenizer import completion_text
 from rollout_server.weight_metrics import ObservedPushes
 from shared.config.run import RunConfig
 from shared.errors import UnavailableError
@@ -33,6 +37,7 @@ from shared.schemas.weights import (
     PublishResponse,
     WeightsResponse,
 )
+from shared.types import DeadEnginePolicy
 
 MIB = 1024 * 1024
 
@@ -72,6 +77,9 @@ class RolloutService:
             max_samples_per_engine=server.dispatch_depth * config.engine.max_num_seqs,
             engine_wait_timeout_s=server.engine_wait_timeout_s,
             max_attempts=server.max_generate_attempts,
+            may_continue=server.dead_engine_policy is DeadEnginePolicy.CONTINUE,
+            progress_interval_s=server.progress_interval_s,
+            completion_text=partial(completion_text, tokenizer),
             kv_cache_usage=lambda engine_id: self.status_poller.kv_cache_usage(engine_id),
             on_generated=lambda facts: self.metrics.observe_generation(facts),
         )
@@ -83,6 +91,7 @@ class RolloutService:
             wanted_since_step=lambda engine_id: self.dashboard.wanted_since_step(engine_id),
             on_speculation=lambda report: self.dashboard.observe_speculation(report),
         )
+        self.generation = GenerationControl(pool)
         self._scraper = EngineScraper(pool, timeout_s=server.engine_metrics_timeout_s)
         self.metrics = ServiceMetrics(
             MetricSources(
@@ -164,7 +173,9 @@ class RolloutService:
     def engines(self) -> EnginesResponse:
         """Every engine as of the last status poll."""
         return EnginesResponse(
-            target_count=self._pool.target_count, engines=self.status_poller.statuses()
+            target_count=self._pool.target_count,
+            engines=self.status_poller.statuses(),
+            pause_mode=self.generation.pause_mode,
         )
 
     async def scale(self, count: int) -> EnginesResponse:
@@ -174,6 +185,27 @@ class RolloutService:
             InvalidRequestError: above ``engine.max_count``.
         """
         await self._pool.scale(count)
+        self.router.wake()
+        return self.engines()
+
+    def drain(self, engine_id: str, *, replace: bool) -> EnginesResponse:
+        """Take an engine out when it has finished what it has.
+
+        Raises:
+            UnknownResourceError: there is no such engine.
+            ConflictError: it is starting, or in the middle of a push.
+        """
+        self._pool.drain(engine_id, replace=replace)
+        self.router.wake()
+        return self.engines()
+
+    def remove(self, engine_id: str, *, replace: bool) -> EnginesResponse:
+        """Take an engine out now; its groups are generated again elsewhere.
+
+        Raises:
+            UnknownResourceError: there is no such engine.
+        """
+        self._pool.remove(engine_id, replace=replace)
         self.router.wake()
         return self.engines()
 

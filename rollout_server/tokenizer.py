@@ -33,10 +33,12 @@ class HuggingFaceTokenizer(Tokenizer):
         with self._lock:
             return [int(token_id) for token_id in self._tokenizer.encode(text)]
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the tokens, special ones included."""
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of the tokens."""
         with self._lock:
-            return str(self._tokenizer.decode(list(token_ids)))
+            return str(
+                self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+            )
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Render with the model's chat template and tokenize.
@@ -61,3 +63,17 @@ class HuggingFaceTokenizer(Tokenizer):
                     f"the model's chat template refuses these messages: {exc}", param="messages"
                 ) from exc
         return [int(token_id) for token_id in token_ids]
+
+
+def completion_text(tokenizer: Tokenizer, prompt_ids: list[int], token_ids: list[int]) -> str:
+    """Text of a completion as vLLM writes it: in its context, without special tokens.
+
+    Some tokenizers drop the space before a first word, so that a completion has to be read after
+    its prompt.
+    """
+    before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt_ids, *token_ids], skip_special_tokens=True)
+    if whole.startswith(before):
+        return whole[len(before) :]
+    # The prompt ends inside a character that the completion finishes.
+    return tokenizer.decode(token_ids, skip_special_tokens=True)

@@ -47,6 +47,7 @@ PROMPT_TOKENS: Final = PREFIX + "prompt_tokens_total"
 COMPLETION_TOKENS: Final = PREFIX + "completion_tokens_total"
 DRAFT_TOKENS: Final = PREFIX + "draft_tokens_total"
 ACCEPTED_TOKENS: Final = PREFIX + "accepted_tokens_total"
+KEPT_TOKENS: Final = PREFIX + "kept_tokens_total"
 GENERATE_RETRIES: Final = PREFIX + "generate_retries_total"
 """Groups generated afresh because the engine that held them died."""
 

@@ -21,7 +21,8 @@ class EngineState(StrEnum):
 
 
 ENGINE_TRANSITIONS: dict[EngineState, frozenset[EngineState]] = {
-    EngineState.STARTING: frozenset({EngineState.SERVING, EngineState.DEAD}),
+    # Straight to PAUSED where it joins while generation is paused.
+    EngineState.STARTING: frozenset({EngineState.SERVING, EngineState.PAUSED, EngineState.DEAD}),
     EngineState.SERVING: frozenset(
         {EngineState.PAUSED, EngineState.SYNCING, EngineState.DRAINING, EngineState.DEAD}
     ),
@@ -97,6 +98,16 @@ class SpeculationReason(StrEnum):
     """The cost model expects plain decoding to be fastest, or no length to be worth the switch."""
     EXPLORING = "exploring"
     """A draft length not tried lately is tried for a few steps."""
+
+
+class DeadEnginePolicy(StrEnum):
+    """What becomes of unfinished samples when their engine dies."""
+
+    CONTINUE = "continue"
+    """Another engine goes on behind the tokens there are; their logprobs and versions are kept.
+    Samples with a seed, stop strings, or presence or frequency penalties start over."""
+    RESTART = "restart"
+    """They start over."""
 
 
 class PauseMode(StrEnum):

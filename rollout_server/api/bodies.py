@@ -19,7 +19,7 @@ from rollout_server.api.formats import JSON_TYPE, MSGPACK_TYPE, json_of_msgpack
 from shared.schemas.base import ErrorResponse
 from shared.schemas.chat import ChatCompletionRequest
 from shared.schemas.completions import CompletionRequest
-from shared.schemas.engines import ScaleRequest
+from shared.schemas.engines import LeaveRequest, PauseRequest, ScaleRequest
 from shared.schemas.rollouts import RolloutRequest
 from shared.schemas.speculation import SpeculationChange
 from shared.schemas.weights import PublishRequest
@@ -33,6 +33,8 @@ _BODY_MODELS: tuple[type[BaseModel], ...] = (
     ChatCompletionRequest,
     PublishRequest,
     ScaleRequest,
+    LeaveRequest,
+    PauseRequest,
     SpeculationChange,
     ErrorResponse,
 )

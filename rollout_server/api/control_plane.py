@@ -1,8 +1,8 @@
-"""``/v1/weights``, ``/v1/engines`` and ``/v1/speculation``: what operators and trainers steer."""
+"""Weights, engines, pauses and speculation: what operators and trainers steer."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -12,7 +12,7 @@ from rollout_server.api.dependencies import Service
 from rollout_server.status_poller import NO_HISTORY_STEP
 from shared.api_keys import ApiKey
 from shared.schemas.base import ErrorResponse
-from shared.schemas.engines import EnginesResponse, ScaleRequest
+from shared.schemas.engines import EnginesResponse, LeaveRequest, PauseRequest, ScaleRequest
 from shared.schemas.speculation import SpeculationChange, SpeculationResponse
 from shared.schemas.weights import AuditResponse, PublishRequest, PublishResponse, WeightsResponse
 from shared.types import ApiScope
@@ -23,6 +23,13 @@ SinceStep = Annotated[
     int,
     Query(ge=0, le=NO_HISTORY_STEP, description="Only decisions after this step of an engine."),
 ]
+Replace = Annotated[
+    bool, Query(description="Start another in its place; false lowers the number of engines.")
+]
+ENGINE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"model": EnginesResponse},
+    404: {"model": ErrorResponse},
+}
 History = Annotated[
     int | None,
     Query(ge=0, le=1_000_000, description="At most this many of each engine's latest decisions."),
@@ -72,6 +79,56 @@ async def put_engines(request: Request, service: Service) -> Response:
     """Set how many engines there are; answers at once, the change goes on in the background."""
     body = await read_body(request, ScaleRequest)
     return json_response(await service.scale(body.count))
+
+
+@router.post(
+    "/v1/engines/{engine_id}/drain",
+    response_model=None,
+    responses=ENGINE_RESPONSES | {409: {"model": ErrorResponse}},
+    openapi_extra=body_of(LeaveRequest),
+)
+async def drain_engine(engine_id: str, request: Request, service: Service) -> Response:
+    """Let an engine finish what it has, then stop it; answers at once.
+
+    It gets no new groups from now on. Another engine starts in its place, unless `replace` is
+    false. What has not finished after `engine.drain_timeout_s` is generated again elsewhere.
+    """
+    body = await read_body(request, LeaveRequest)
+    return json_response(service.drain(engine_id, replace=body.replace))
+
+
+@router.delete(
+    "/v1/engines/{engine_id}",
+    response_model=None,
+    responses=ENGINE_RESPONSES,
+)
+async def delete_engine(engine_id: str, service: Service, replace: Replace = True) -> Response:
+    """Stop an engine at once, whatever it is doing; its groups are generated again elsewhere."""
+    return json_response(service.remove(engine_id, replace=replace))
+
+
+@router.post(
+    "/v1/pause",
+    response_model=None,
+    responses={200: {"model": EnginesResponse}},
+    openapi_extra=body_of(PauseRequest),
+)
+async def pause(request: Request, service: Service) -> Response:
+    """Stop generating on every engine, and on those that join, until `POST /v1/resume`.
+
+    `keep` freezes what runs, `wait` answers when it has finished, `abort` ends it with
+    `finish_reason: abort`. Rollouts are accepted and queued meanwhile; weight pushes go on.
+    """
+    body = await read_body(request, PauseRequest)
+    await service.generation.pause(body.mode, caller=caller_of(request))
+    return json_response(service.engines())
+
+
+@router.post("/v1/resume", response_model=None, responses={200: {"model": EnginesResponse}})
+async def resume(request: Request, service: Service) -> Response:
+    """End a pause; nothing happens where there is none. A body is not read."""
+    await service.generation.resume(caller=caller_of(request))
+    return json_response(service.engines())
 
 
 @router.get("/v1/speculation", response_model=None, responses={200: {"model": SpeculationResponse}})

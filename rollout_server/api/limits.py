@@ -24,7 +24,14 @@ def check_rollout(request: RolloutRequest, limits: LimitsConfig, model: ModelInf
         InvalidRequestError: a value is above its limit.
         TooLargeError: more prompts or samples than one request may have.
     """
-    check_counts("prompts", len(request.prompts), request.n, limits)
+    num_begun = request.n + request.over_provision
+    if request.over_provision and num_begun > limits.max_n:
+        raise InvalidRequestError(
+            f"n {request.n} + over_provision {request.over_provision} is above "
+            f"server.limits.max_n {limits.max_n}",
+            param="over_provision",
+        )
+    check_counts("prompts", len(request.prompts), num_begun, limits)
     sampling = request.sampling
     check_max_tokens("sampling.max_tokens", sampling.max_tokens, limits, model)
     check_stops("sampling.stop", sampling.stop, limits)

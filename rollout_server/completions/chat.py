@@ -66,6 +66,7 @@ def prepare_chat_job(
         repetition_penalty=request.repetition_penalty,
         logit_bias=request.logit_bias,
         logprobs=0 if request.logprobs else None,
+        session_id=request.session_id,
         stream=request.stream,
         stream_options=request.stream_options,
         return_token_ids=request.return_token_ids,

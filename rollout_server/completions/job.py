@@ -80,6 +80,7 @@ def prepare_job(
                 prompt_token_ids=token_ids,
                 n=request.n,
                 sampling=sampling,
+                session_id=request.session_id,
             )
         )
     if not groups:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,14 @@ from rollout_server.engine.outputs import (
     token_logprobs,
     version_spans,
 )
-from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
+from rollout_server.engine.progress import read_progress
+from rollout_server.engine.protocol import (
+    GenerateDelta,
+    GenerateRequest,
+    GenerateResult,
+    KnownTokens,
+    SampleProgress,
+)
 from rollout_server.engine.vllm_metrics import MetricText, vllm_metrics
 from rollout_server.engine.weight_loading import WeightLoading
 from rollout_server.speculation.calibration import CalibrationKey, find_calibration
@@ -211,6 +218,10 @@ class EngineActor:
             # vLLM's own validation, for what ours does not know.
             raise InvalidRequestError(str(exc)) from exc
 
+    async def progress(self, known: Mapping[str, KnownTokens]) -> dict[str, list[SampleProgress]]:
+        """What running requests have that the caller does not; costs generation nothing."""
+        return read_progress(self._running().output_processor, known, self._weights.version)
+
     async def abort(self, request_id: str) -> None:
         """End a request; its ``generate`` returns what there is."""
         await self._llm.abort(request_id)
@@ -249,9 +260,22 @@ class EngineActor:
         """Pause, load the target, requantize the drafter, set both versions; stay paused."""
         await self._weights.load(self._running(), version, pause_mode, recompute_kv)
 
-    async def resume(self) -> EngineCommitTimings:
-        """Generate again after ``load_weights``; seconds of every part."""
-        return await self._weights.resume(self._running())
+    async def resume(self, stay_paused: bool = False) -> EngineCommitTimings:
+        """Generate again after ``load_weights``; seconds of every part.
+
+        Args:
+            stay_paused: an operator paused generation before the push.
+        """
+        return await self._weights.resume(self._running(), stay_paused=stay_paused)
+
+    async def pause_generation(self, mode: PauseMode) -> None:
+        """An operator's pause, between two steps (vLLM 0.32.0: ``pause_scheduler_async``)."""
+        core = self._running().engine_core
+        await core.pause_scheduler_async(mode=mode.value, clear_cache=False)
+
+    async def resume_generation(self) -> None:
+        """End it (vLLM 0.32.0: ``resume_scheduler_async``)."""
+        await self._running().engine_core.resume_scheduler_async()
 
     async def audit(self, path: str) -> EngineAudit:
         """Compare live weights and drafter with the file they should be of."""

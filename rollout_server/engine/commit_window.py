@@ -39,11 +39,16 @@ class CommitWindow:
         self._load_s += max(rank["load_s"] for rank in ranks)
         self._requantize_s += max(rank["requantize_s"] for rank in ranks)
 
-    async def resume(self, core: Any, engine_id: str) -> EngineCommitTimings:
-        """End the window."""
+    async def resume(self, core: Any, engine_id: str, *, stay_paused: bool) -> EngineCommitTimings:
+        """End the window.
+
+        Args:
+            stay_paused: an operator's pause was there before the push and outlives it.
+        """
         assert self._asked_s is not None, "an engine resumes after it has loaded"
         started_s = time.perf_counter()
-        await core.resume_scheduler_async()
+        if not stay_paused:
+            await core.resume_scheduler_async()
         finished_s = time.perf_counter()
         asked_s, self._asked_s = self._asked_s, None
         return EngineCommitTimings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any
 
 import ray
@@ -15,7 +15,13 @@ from rollout_server.engine.actor import EngineFacts
 from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.footprint import Footprint, merged, remove_footprint
 from rollout_server.engine.lifecycle import EngineLifecycle
-from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
+from rollout_server.engine.protocol import (
+    GenerateDelta,
+    GenerateRequest,
+    GenerateResult,
+    KnownTokens,
+    SampleProgress,
+)
 from rollout_server.engine.status import engine_status
 from rollout_server.engine.vllm_metrics import MetricText
 from shared.config.weights import WeightsConfig
@@ -23,11 +29,12 @@ from shared.errors import EngineDeadError, EngineError, SlipstreamError, WeightC
 from shared.schemas.engines import EngineStatus
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
-from shared.types import EngineState
+from shared.types import EngineState, PauseMode
 
 CONTROL_TIMEOUT_S = 30.0
 """For calls that only read or set something between two engine steps."""
 FOOTPRINT_TIMEOUT_S = 5.0
+SYNC_POLL_S = 0.02
 
 
 class RayEngineHandle:
@@ -42,6 +49,7 @@ class RayEngineHandle:
         self._footprint: Footprint | None = None
         self._node_id = ""
         self._committed_version = 0
+        self._serve_as = EngineState.SERVING
         self._state_before_sync = EngineState.SERVING
         self._stage_s: dict[int, float] = {}
         self._created_s = time.monotonic()
@@ -95,8 +103,8 @@ class RayEngineHandle:
         return self._facts
 
     def serve(self) -> None:
-        """STARTING -> SERVING: warmed up and on the committed version."""
-        self._lifecycle.move(EngineState.SERVING)
+        """STARTING -> SERVING (PAUSED where generation is): warmed up, on the committed version."""
+        self._lifecycle.move(self._serve_as)
 
     def begin_drain(self) -> None:
         """No new requests from here on."""
@@ -139,6 +147,12 @@ class RayEngineHandle:
 
     async def abort(self, request_id: str) -> None:
         await self._control(self._actor.abort.remote(request_id), "to abort")
+
+    async def progress(self, known: Mapping[str, KnownTokens]) -> dict[str, list[SampleProgress]]:
+        news: dict[str, list[SampleProgress]] = await self._control(
+            self._actor.progress.remote(dict(known)), "for the progress of its requests"
+        )
+        return news
 
     async def status(self) -> EngineStatus:
         facts = self._facts
@@ -211,12 +225,50 @@ class RayEngineHandle:
     async def resume(self) -> EngineCommitTimings:
         self._check_alive()
         timings: EngineCommitTimings = await self._or_die(
-            self._actor.resume.remote(), "to resume", self._weights.commit_timeout_s
+            self._actor.resume.remote(self._state_before_sync is EngineState.PAUSED),
+            "to resume",
+            self._weights.commit_timeout_s,
         )
         if self.state is EngineState.SYNCING:
             self._lifecycle.move(self._state_before_sync)
         stage_s = self._stage_s.pop(self._committed_version, 0.0)
         return timings.model_copy(update={"stage_s": stage_s})
+
+    async def pause_generation(self, mode: PauseMode) -> None:
+        await self._end_of_sync("to pause it")
+        if self.state is EngineState.STARTING:
+            self._serve_as = EngineState.PAUSED
+        elif self.state is EngineState.SERVING:
+            self._lifecycle.move(EngineState.PAUSED)
+        timeout_s, setting = CONTROL_TIMEOUT_S, ""
+        if mode is PauseMode.WAIT:
+            timeout_s, setting = self.spec.engine.generate_timeout_s, " (engine.generate_timeout_s)"
+        await self._call(
+            self._actor.pause_generation.remote(mode),
+            f"to pause, mode {mode.value}{setting}",
+            timeout_s,
+        )
+
+    async def resume_generation(self) -> None:
+        await self._end_of_sync("to resume it")
+        if self.state is EngineState.STARTING:
+            self._serve_as = EngineState.SERVING
+        elif self.state is EngineState.PAUSED:
+            self._lifecycle.move(EngineState.SERVING)
+        await self._control(self._actor.resume_generation.remote(), "to resume generation")
+
+    async def _end_of_sync(self, purpose: str) -> None:
+        """A push leaves an engine as it found it, so that a pause must not come in between."""
+        timeout_s = self._weights.pause_timeout_s + self._weights.commit_timeout_s
+        deadline_s = time.monotonic() + timeout_s
+        while self.state is EngineState.SYNCING:
+            if time.monotonic() > deadline_s:
+                raise EngineError(
+                    f"waited {timeout_s:g} s (weights.pause_timeout_s + commit_timeout_s) for the "
+                    f"push on engine {self.engine_id} to end, {purpose}"
+                )
+            await asyncio.sleep(SYNC_POLL_S)
+        self._check_alive()
 
     async def audit(self, path: str) -> EngineAudit:
         self._check_alive()

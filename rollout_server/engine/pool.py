@@ -18,7 +18,14 @@ from rollout_server.engine.footprint_store import FootprintStore
 from rollout_server.engine.handle import RayEngineHandle
 from rollout_server.engine.protocol import EngineHandle, ModelInfo
 from shared.config.run import RunConfig
-from shared.errors import EngineError, InvalidRequestError, SlipstreamError
+from shared.errors import (
+    ConflictError,
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+    SlipstreamError,
+    UnknownResourceError,
+)
 from shared.types import EngineState
 
 logger = logging.getLogger(__name__)
@@ -33,6 +40,8 @@ BACKOFF_S = 2.0
 LIVE_STATES = frozenset(
     {EngineState.STARTING, EngineState.SERVING, EngineState.PAUSED, EngineState.SYNCING}
 )
+DRAINABLE_STATES = frozenset({EngineState.SERVING, EngineState.PAUSED})
+"""A start or a commit is left to finish first."""
 Preparation = Callable[[EngineHandle], Awaitable[None]]
 
 
@@ -106,6 +115,41 @@ class RayEnginePool:
         self._start_failures = 0
         self._wake.set()
 
+    def drain(self, engine_id: str, *, replace: bool) -> None:
+        handle = self._find(engine_id)
+        if handle.state is EngineState.DRAINING:
+            return
+        if handle.state not in DRAINABLE_STATES:
+            raise ConflictError(
+                f"engine {engine_id} is {handle.state.value} and cannot be drained now: try again "
+                f"when it is serving, or remove it"
+            )
+        handle.begin_drain()
+        self._spawn(self._drain(handle))
+        self._gone(engine_id, "draining", replace)
+
+    def remove(self, engine_id: str, *, replace: bool) -> None:
+        handle = self._find(engine_id)
+        was_counted = handle.state in LIVE_STATES
+        handle.condemn("it was removed by request")
+        self._gone(engine_id, "removing", replace or not was_counted)
+
+    def _find(self, engine_id: str) -> RayEngineHandle:
+        handles = {handle.engine_id: handle for handle in self._handles}
+        handle = handles.get(engine_id)
+        if handle is None or handle.state is EngineState.DEAD:
+            raise UnknownResourceError(
+                f"no engine {engine_id}; there are: {', '.join(handles) or 'none'}",
+                param="engine_id",
+            )
+        return handle
+
+    def _gone(self, engine_id: str, what: str, replace: bool) -> None:
+        if not replace:
+            self._target_count -= 1
+        logger.info("%s %s by request; %d engines wanted", what, engine_id, self._target_count)
+        self._wake.set()
+
     async def close(self) -> None:
         """Stop the loop, then every engine."""
         tasks = [*self._tasks] + ([self._reconciler] if self._reconciler else [])
@@ -137,7 +181,7 @@ class RayEnginePool:
         # Newest first: the longest-serving engines hold the warmest caches. An engine in the
         # middle of a start or a commit is left alone until it has finished.
         for handle in reversed(live[self._target_count :]):
-            if handle.state in (EngineState.SERVING, EngineState.PAUSED):
+            if handle.state in DRAINABLE_STATES:
                 handle.begin_drain()
                 self._spawn(self._drain(handle))
 
@@ -169,8 +213,12 @@ class RayEnginePool:
                 self._footprints.remember(handle.engine_id, handle.footprint)
             for preparation in self._prepare:
                 await preparation(handle)
+            if handle.state is EngineState.DEAD:
+                raise EngineDeadError(f"engine {handle.engine_id} is dead: {handle.error}")
             handle.serve()
         except SlipstreamError as exc:
+            if handle not in self._handles:
+                return  # removed by request meanwhile, and stopped by the reconcile loop
             self._start_failures += 1
             self._last_start_error = exc.message
             logger.error("engine %s failed to start: %s", handle.engine_id, exc.message)
@@ -197,6 +245,8 @@ class RayEnginePool:
                 if status.num_running_reqs + status.num_waiting_reqs == 0:
                     break
                 await asyncio.sleep(DRAIN_POLL_S)
+        if handle not in self._handles:
+            return  # it died, or was removed: the reconcile loop stops it
         self._handles.remove(handle)
         await self._stop(handle, "drained")
         logger.info("engine %s drained and stopped", handle.engine_id)

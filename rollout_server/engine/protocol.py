@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rollout_server.engine.vllm_metrics import MetricText
@@ -15,7 +15,7 @@ from shared.schemas.engines import EngineStatus
 from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
-from shared.types import EngineState, FinishReason
+from shared.types import EngineState, FinishReason, PauseMode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +26,8 @@ class GenerateRequest:
     prompt_token_ids: list[int]  # [num_prompt_tokens]
     n: int
     sampling: SamplingOptions
+    session_id: str | None = None
+    """Conversation it is a turn of; routing only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +80,30 @@ class GenerateDelta:
     weight_versions: list[WeightVersionSpan] | None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnownTokens:
+    """What the asker of ``progress`` has of one request."""
+
+    num_tokens: Mapping[int, int]
+    """By sample index; absent samples have none."""
+    finished: frozenset[int]
+    """Samples it has whole."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleProgress:
+    """What an unfinished request has of one sample: new tokens, or all of it when it is done."""
+
+    sample_index: int
+    start: int = 0
+    """Place of the first of ``token_ids`` in the sample."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    weight_versions: list[WeightVersionSpan] = field(default_factory=list)
+    """Of all its tokens so far."""
+    whole: GeneratedSample | None = None
+
+
 class EngineHandle(Protocol):
     """One engine, wherever it runs. Every call has a timeout and raises ``EngineError`` or
     ``EngineDeadError``; nothing else escapes."""
@@ -106,6 +132,10 @@ class EngineHandle(Protocol):
     async def generate(self, request: GenerateRequest) -> GenerateResult: ...
 
     def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]: ...
+
+    async def progress(self, known: Mapping[str, KnownTokens]) -> dict[str, list[SampleProgress]]:
+        """What running requests have that the caller does not, by request id."""
+        ...
 
     async def abort(self, request_id: str) -> None:
         """End a request; its ``generate`` returns what there is with ``finish_reason: abort``."""
@@ -152,6 +182,19 @@ class EngineHandle(Protocol):
         Raises:
             WeightCommitError: the engine is poisoned; its state is DEAD.
         """
+        ...
+
+    async def pause_generation(self, mode: PauseMode) -> None:
+        """An operator's pause: stop generating until ``resume_generation``, pushes or not. Requests
+        are still taken. Waits for the end of a push; repeatable, also with another mode.
+
+        Raises:
+            EngineError: what ran has not ended in time (mode ``wait``); the pause stands.
+        """
+        ...
+
+    async def resume_generation(self) -> None:
+        """End an operator's pause; nothing happens where there is none."""
         ...
 
     async def audit(self, path: str) -> EngineAudit:
@@ -202,5 +245,25 @@ class EnginePool(Protocol):
 
         Raises:
             InvalidRequestError: above ``engine.max_count``.
+        """
+        ...
+
+    def drain(self, engine_id: str, *, replace: bool) -> None:
+        """Let an engine finish what it has, then stop it. Returns at once; safe to repeat.
+
+        Args:
+            replace: start another in its place now; False lowers the target count instead.
+
+        Raises:
+            UnknownResourceError: there is no such engine.
+            ConflictError: it is starting, or in the middle of a push.
+        """
+        ...
+
+    def remove(self, engine_id: str, *, replace: bool) -> None:
+        """Stop an engine now, whatever it is doing: its groups are generated again elsewhere.
+
+        Raises:
+            UnknownResourceError: there is no such engine.
         """
         ...

@@ -141,14 +141,16 @@ class WeightLoading:
             audit_s=time.perf_counter() - started,
         )
 
-    async def resume(self, llm: Any) -> EngineCommitTimings:
-        """Generate again after ``load``; seconds of every part.
+    async def resume(self, llm: Any, *, stay_paused: bool) -> EngineCommitTimings:
+        """Generate again after ``load``, unless an operator paused; seconds of every part.
 
         Raises:
             WeightCommitError: the engine is still paused; it must not be used again.
         """
         try:
-            return await self._window.resume(llm.engine_core, self._spec.engine_id)
+            return await self._window.resume(
+                llm.engine_core, self._spec.engine_id, stay_paused=stay_paused
+            )
         except Exception as exc:
             # Boundary to vLLM: an engine that cannot resume is of no use.
             raise WeightCommitError(

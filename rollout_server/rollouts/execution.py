@@ -32,6 +32,9 @@ from shared.types import FinishReason, RewardStatus, RolloutRunState
 
 LOGGER = logging.getLogger(__name__)
 
+ABORT_REPEAT_S = 0.5
+"""A group may have been on its way to an engine when it was to end."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutionParts:
@@ -146,7 +149,15 @@ class RolloutExecution:
     async def _run(self, on_end: Callable[[RolloutExecution], None]) -> None:
         with log_context(request_id=self.request_id):
             started_s = monotonic()
+            deadline_s = self._request.deadline_s
+            deadline = (
+                None
+                if deadline_s is None
+                else asyncio.create_task(self._end_at_the_deadline(deadline_s))
+            )
             await self._run_groups(on_end)
+            if deadline is not None:
+                deadline.cancel()
             LOGGER.info(
                 "rollout %s %s: %d of %d groups, %d completion tokens, %.3f s",
                 self.request_id,
@@ -156,6 +167,13 @@ class RolloutExecution:
                 self.usage.num_completion_tokens,
                 monotonic() - started_s,
             )
+
+    async def _end_at_the_deadline(self, deadline_s: float) -> None:
+        await asyncio.sleep(deadline_s)
+        LOGGER.info("rollout %s: deadline_s %g has passed", self.request_id, deadline_s)
+        while True:  # until the run has ended, which cancels this
+            await self.abort()
+            await asyncio.sleep(ABORT_REPEAT_S)
 
     async def _run_groups(self, on_end: Callable[[RolloutExecution], None]) -> None:
         try:
@@ -197,9 +215,11 @@ class RolloutExecution:
                 GenerateRequest(
                     request_id=group_id,
                     prompt_token_ids=prompt.token_ids,
-                    n=request.n,
+                    n=request.n + request.over_provision,
                     sampling=request.sampling,
-                )
+                    session_id=prompt.session_id,
+                ),
+                num_wanted=request.n,
             )
             jobs = [score_job(prompt, sample, request.reward) for sample in routed.result.samples]
             with span("score", num_samples=sum(job is not None for job in jobs)):

@@ -21,6 +21,7 @@ class PreparedPrompt:
     token_ids: list[int]  # [num_prompt_tokens]
     answer: str | None
     metadata: JsonObject
+    session_id: str | None = None
 
 
 def prepare_prompts(
@@ -90,4 +91,5 @@ def _prepare(
         token_ids=token_ids,
         answer=item.answer,
         metadata=item.metadata,
+        session_id=item.session_id,
     )

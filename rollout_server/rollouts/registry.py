@@ -13,14 +13,17 @@ from time import monotonic
 
 from rollout_server.collaborators import Tokenizer
 from rollout_server.engine.protocol import ModelInfo
-from rollout_server.rollouts.execution import ExecutionParts, RolloutExecution
+from rollout_server.rollouts.execution import (
+    ABORT_REPEAT_S,
+    ExecutionParts,
+    RolloutExecution,
+)
 from rollout_server.rollouts.prompts import prepare_prompts
 from rollout_server.rollouts.result_store import ResultStore
 from shared.errors import ConflictError, UnavailableError, UnknownResourceError
 from shared.schemas.rollouts import RolloutRequest
 from shared.types import RolloutRunState
 
-ABORT_REPEAT_S = 0.5
 ABORT_TIMEOUT_S = 30.0
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from time import monotonic
 
 from rollout_server.engine.protocol import EngineHandle, EnginePool
-from rollout_server.router.strategy import EngineLoad, RouteOutcome, choose_engine
+from rollout_server.router.sessions import SessionMap
+from rollout_server.router.strategy import Demand, EngineLoad, RouteOutcome, choose_engine
 from shared.errors import UnavailableError
 from shared.types import EngineState
 
@@ -28,8 +29,22 @@ POLL_S = 0.05
 class _Waiter:
     request_id: str
     num_samples: int
+    num_tokens: int
+    session_id: str | None
     since_s: float
     future: asyncio.Future[EngineHandle | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reserved:
+    """What an engine holds, or what a group takes of it."""
+
+    num_samples: int
+    num_tokens: int
+    """Prompt and completion, at the most."""
+
+
+NOTHING = Reserved(num_samples=0, num_tokens=0)
 
 
 class DispatchQueue:
@@ -50,7 +65,8 @@ class DispatchQueue:
         self._kv_cache_usage = kv_cache_usage
         self._clock = clock
         self._waiters: OrderedDict[str, _Waiter] = OrderedDict()  # by request id, in order
-        self._reserved: dict[str, int] = {}
+        self._reserved: dict[str, Reserved] = {}
+        self._sessions = SessionMap()
         self._dead: set[str] = set()
         self._without_engine_since_s: float | None = None
         self._wake = asyncio.Event()
@@ -68,10 +84,14 @@ class DispatchQueue:
 
     def num_reserved(self, engine_id: str) -> int:
         """Samples ``engine_id`` holds."""
-        return self._reserved.get(engine_id, 0)
+        reserved = self._reserved.get(engine_id)
+        return 0 if reserved is None else reserved.num_samples
 
-    async def acquire(self, request_id: str, num_samples: int) -> EngineHandle | None:
-        """Wait for an engine with room and reserve it. Whoever gets a handle must ``release``.
+    async def acquire(
+        self, request_id: str, needed: Reserved, session_id: str | None = None
+    ) -> EngineHandle | None:
+        """Wait for an engine with room and reserve it. Whoever gets a handle must ``release`` the
+        same amount.
 
         Returns:
             The engine, or None when ``withdraw`` took the request out of the queue.
@@ -81,7 +101,12 @@ class DispatchQueue:
         """
         future: asyncio.Future[EngineHandle | None] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(
-            request_id=request_id, num_samples=num_samples, since_s=self._clock(), future=future
+            request_id=request_id,
+            num_samples=needed.num_samples,
+            num_tokens=needed.num_tokens,
+            session_id=session_id,
+            since_s=self._clock(),
+            future=future,
         )
         self._waiters[request_id] = waiter
         self.dispatch()
@@ -93,16 +118,20 @@ class DispatchQueue:
             if future.done() and not future.cancelled() and future.exception() is None:
                 handle = future.result()
                 if handle is not None:
-                    self.release(handle.engine_id, num_samples)
+                    self.release(handle.engine_id, needed)
             elif self._waiters.pop(request_id, None) is not None:
                 self.dispatch()
             raise
 
-    def release(self, engine_id: str, num_samples: int) -> None:
-        """Give ``num_samples`` of room on ``engine_id`` back."""
-        left = self._reserved[engine_id] - num_samples
-        assert left >= 0, f"released more samples of {engine_id} than were reserved"
-        if left:
+    def release(self, engine_id: str, amount: Reserved) -> None:
+        """Give room on ``engine_id`` back."""
+        held = self._reserved[engine_id]
+        left = Reserved(
+            num_samples=held.num_samples - amount.num_samples,
+            num_tokens=held.num_tokens - amount.num_tokens,
+        )
+        assert left.num_samples >= 0 <= left.num_tokens, f"more released of {engine_id} than held"
+        if left.num_samples:
             self._reserved[engine_id] = left
         else:
             del self._reserved[engine_id]
@@ -139,7 +168,12 @@ class DispatchQueue:
                 del self._waiters[waiter.request_id]
                 continue
             loads = [self._load(handle) for handle in handles.values()]
-            decision = choose_engine(loads, waiter.num_samples, self._max_samples_per_engine)
+            demand = Demand(
+                num_samples=waiter.num_samples,
+                num_tokens=waiter.num_tokens,
+                session_engine_id=self._sessions.engine_of(waiter.session_id),
+            )
+            decision = choose_engine(loads, demand, self._max_samples_per_engine)
             if decision.outcome is RouteOutcome.WAIT_FOR_ENGINE:
                 if self._without_engine_since_s is None:
                     self._without_engine_since_s = self._clock()
@@ -148,8 +182,12 @@ class DispatchQueue:
             if decision.engine_id is None:
                 break
             del self._waiters[waiter.request_id]
-            reserved = self._reserved.get(decision.engine_id, 0)
-            self._reserved[decision.engine_id] = reserved + waiter.num_samples
+            held = self._reserved.get(decision.engine_id, NOTHING)
+            self._reserved[decision.engine_id] = Reserved(
+                num_samples=held.num_samples + waiter.num_samples,
+                num_tokens=held.num_tokens + waiter.num_tokens,
+            )
+            self._sessions.note(waiter.session_id, decision.engine_id)
             waiter.future.set_result(handles[decision.engine_id])
         self._wake.set()
 
@@ -193,5 +231,6 @@ class DispatchQueue:
             engine_id=handle.engine_id,
             state=EngineState.DEAD if dead else handle.state,
             num_reserved=self.num_reserved(handle.engine_id),
+            num_reserved_tokens=self._reserved.get(handle.engine_id, NOTHING).num_tokens,
             kv_cache_usage=self._kv_cache_usage(handle.engine_id),
         )

@@ -1,4 +1,4 @@
-"""Runs one group on one engine: reserve, dispatch, release, and again when the engine dies.
+"""Runs one group on one engine: reserve, dispatch, release, and the rest of it when that dies.
 
 Called by ``rollout_server/rollouts`` and the OpenAI-compatible routes; owns the dispatch queue and
 the book of live requests.
@@ -9,27 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from rollout_server.engine.protocol import (
     EngineHandle,
     EnginePool,
     GenerateDelta,
-    GeneratedSample,
     GenerateRequest,
     GenerateResult,
 )
 from rollout_server.router.accounting import SampleAccounts
-from rollout_server.router.dispatch_queue import DispatchQueue
+from rollout_server.router.dispatch_queue import DispatchQueue, Reserved
 from rollout_server.router.generation_facts import GenerationFacts, StreamTimer
+from rollout_server.router.group_work import CompletionText, GroupWork, Piece
+from rollout_server.router.live_group import LiveGroup, abort_on_engine
+from rollout_server.router.progress_poller import ProgressPoller
 from rollout_server.tracing import now_ns, record_spans
-from shared.errors import EngineDeadError, EngineError, UnavailableError
+from shared.errors import EngineDeadError, UnavailableError
 from shared.logging import log_context
-from shared.types import FinishReason
 
 LOGGER = logging.getLogger(__name__)
+
+NOTHING = GenerateResult(engine_id="", samples=[], generate_s=0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +43,6 @@ class RoutedResult:
     queue_s: float
     """From the call to the last hand-over to an engine; includes attempts on engines that died."""
     num_attempts: int
-
-
-@dataclass(kw_only=True, slots=True)
-class _LiveRequest:
-    handle: EngineHandle | None = None
-    aborted: bool = False
 
 
 class Router:
@@ -59,16 +56,23 @@ class Router:
         max_samples_per_engine: int,
         engine_wait_timeout_s: float,
         max_attempts: int,
+        may_continue: bool = True,
+        progress_interval_s: float = 1.0,
+        completion_text: CompletionText = lambda prompt, token_ids: "",
         kv_cache_usage: Callable[[str], float] = lambda engine_id: 0.0,
         on_generated: Callable[[GenerationFacts], None] = lambda facts: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.accounts = SampleAccounts(max_pending_samples)
         self.num_retries = 0
+        self.num_kept_tokens = 0
+        """Tokens of engines that died, delivered all the same."""
         self._max_attempts = max_attempts
+        self._may_continue = may_continue
+        self._completion_text = completion_text
         self._on_generated = on_generated
         self._clock = clock
-        self._live: dict[str, _LiveRequest] = {}
+        self._live: dict[str, LiveGroup] = {}
         self._queue = DispatchQueue(
             pool,
             max_samples_per_engine=max_samples_per_engine,
@@ -76,20 +80,21 @@ class Router:
             kv_cache_usage=kv_cache_usage,
             clock=clock,
         )
-        self._loop_task: asyncio.Task[None] | None = None
+        self._progress = ProgressPoller(self._live.values, progress_interval_s)
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Start the background loop of the queue."""
-        self._loop_task = asyncio.create_task(self._queue.run(), name="router-queue")
+        """Start the background loops."""
+        self._tasks.append(asyncio.create_task(self._queue.run(), name="router-queue"))
+        self._tasks.append(asyncio.create_task(self._progress.run(), name="router-progress"))
 
     async def close(self) -> None:
         """Fail what waits and stop. Running groups are their callers' to end. Idempotent."""
         self._queue.fail_all(UnavailableError("the server is shutting down"))
-        if self._loop_task is not None:
-            self._loop_task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._loop_task
-            self._loop_task = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
 
     def wake(self) -> None:
         """Tell the queue that an engine may have joined or changed state."""
@@ -109,10 +114,15 @@ class Router:
         """How long the group at the head of the queue has waited."""
         return self._queue.longest_wait_s
 
-    async def generate(self, request: GenerateRequest) -> RoutedResult:
-        """All samples of one prompt, from one engine.
+    async def generate(
+        self, request: GenerateRequest, *, num_wanted: int | None = None
+    ) -> RoutedResult:
+        """All samples of one prompt, from one engine; the rest of them from another when it dies.
 
         An aborted request returns what there is; samples that never started are empty.
+
+        Args:
+            num_wanted: return these many that finish first, and end the others.
 
         Raises:
             EngineDeadError: every one of ``max_attempts`` engines died.
@@ -120,31 +130,72 @@ class Router:
             UnavailableError: no engine within ``server.engine_wait_timeout_s``.
         """
         accepted_s, accepted_ns = self._clock(), now_ns()
-        with self._registered(request) as live:
+        work = GroupWork(
+            request,
+            self._completion_text,
+            may_continue=self._may_continue,
+            num_wanted=num_wanted,
+        )
+        with self._registered(request, work) as live:
             for attempt in range(1, self._max_attempts + 1):
-                async with self._reserved(request, live) as handle:
+                async with self._reserved(request, work.num_unfinished, live) as handle:
                     queue_s = self._clock() - accepted_s
                     if handle is None:
-                        result = aborted_result(request)
+                        work.end_as_aborted()
+                        last = NOTHING
                     else:
                         try:
-                            with log_context(engine_id=handle.engine_id):
-                                result = await handle.generate(request)
-                            self._report(GenerationFacts.of(result, queue_s), accepted_ns)
-                        except asyncio.CancelledError:
-                            # Nobody wants the answer any more: stop the engine working on it.
-                            await self._abort_on(handle, request.request_id)
-                            raise
+                            last = await self._attempt(handle, work, live)
                         except EngineDeadError as exc:
+                            work.engine_died()
                             self._note_death(handle, request, attempt, exc)
-                            if not live.aborted:
+                            self.num_kept_tokens += work.num_kept_tokens
+                            if live.is_aborted or work.has_enough:
+                                work.end_as_aborted()
+                            elif work.num_unfinished:
                                 if attempt == self._max_attempts:
                                     raise
                                 self.num_retries += 1
                                 continue
-                            result = aborted_result(request)
+                            last = replace(NOTHING, engine_id=handle.engine_id)
+                        else:
+                            self._report(GenerationFacts.of(last, queue_s), accepted_ns)
+                    result = replace(last, samples=work.samples())
                     return RoutedResult(result=result, queue_s=queue_s, num_attempts=attempt)
         raise AssertionError("max_attempts is at least 1")
+
+    async def _attempt(
+        self, handle: EngineHandle, work: GroupWork, live: LiveGroup
+    ) -> GenerateResult:
+        """Everything that is unfinished, on one engine. The result of what took longest.
+
+        Raises:
+            EngineDeadError: of what had come back before, nothing is lost.
+            EngineError: the engine failed on one of the requests.
+        """
+        live.pieces = work.pieces()
+        live.request_ids = tuple(piece.request.request_id for piece in live.pieces)
+
+        async def run(piece: Piece) -> GenerateResult:
+            result = await handle.generate(piece.request)
+            work.take(piece, result)
+            return result
+
+        try:
+            with log_context(engine_id=handle.engine_id):
+                outcomes = await asyncio.gather(*map(run, live.pieces), return_exceptions=True)
+        except asyncio.CancelledError:
+            # Nobody wants the answer any more: stop the engine working on it.
+            await abort_on_engine(handle, live)
+            raise
+        finally:
+            live.pieces = []
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if errors:
+            # An error of the request itself will not be better on another engine.
+            raise min(errors, key=lambda error: isinstance(error, EngineDeadError))
+        results = [outcome for outcome in outcomes if isinstance(outcome, GenerateResult)]
+        return max(results, key=lambda result: result.generate_s)
 
     async def generate_stream(
         self, request: GenerateRequest
@@ -159,9 +210,10 @@ class Router:
             as ``generate``.
         """
         accepted_s, accepted_ns = self._clock(), now_ns()
-        with self._registered(request) as live:
+        with self._registered(request, None) as live:
+            live.request_ids = (request.request_id,)
             for attempt in range(1, self._max_attempts + 1):
-                async with self._reserved(request, live) as handle:
+                async with self._reserved(request, request.n, live) as handle:
                     if handle is None:
                         return
                     started = False
@@ -179,30 +231,30 @@ class Router:
                     except EngineDeadError as exc:
                         completed = True
                         self._note_death(handle, request, attempt, exc)
-                        if started or live.aborted or attempt == self._max_attempts:
+                        if started or live.is_aborted or attempt == self._max_attempts:
                             raise
                         self.num_retries += 1
                     finally:
                         if not completed:
-                            await self._abort_on(handle, request.request_id)
+                            await abort_on_engine(handle, live)
 
     async def abort(self, request_id: str) -> None:
         """End a request wherever it is; unknown ids are ignored. Safe to repeat."""
         live = self._live.get(request_id)
         if live is None:
             return
-        live.aborted = True
+        live.is_aborted = True
         if not self._queue.withdraw(request_id) and live.handle is not None:
-            await self._abort_on(live.handle, request_id)
+            await abort_on_engine(live.handle, live)
 
     def _report(self, facts: GenerationFacts, accepted_ns: int) -> None:
         self._on_generated(facts)
         record_spans(facts.span_durations_s(), accepted_ns, engine_id=facts.engine_id)
 
     @contextmanager
-    def _registered(self, request: GenerateRequest) -> Iterator[_LiveRequest]:
+    def _registered(self, request: GenerateRequest, work: GroupWork | None) -> Iterator[LiveGroup]:
         assert request.request_id not in self._live, f"{request.request_id} is already live"
-        live = _LiveRequest()
+        live = LiveGroup(work=work)
         self._live[request.request_id] = live
         try:
             yield live
@@ -211,20 +263,24 @@ class Router:
 
     @asynccontextmanager
     async def _reserved(
-        self, request: GenerateRequest, live: _LiveRequest
+        self, request: GenerateRequest, num_samples: int, live: LiveGroup
     ) -> AsyncIterator[EngineHandle | None]:
         """Yields an engine with the samples reserved on it, or None for an aborted request."""
-        handle = None if live.aborted else await self._queue.acquire(request.request_id, request.n)
+        num_tokens = len(request.prompt_token_ids) + num_samples * request.sampling.max_tokens
+        needed = Reserved(num_samples=num_samples, num_tokens=num_tokens)
+        handle = None
+        if not live.is_aborted:
+            handle = await self._queue.acquire(request.request_id, needed, request.session_id)
         if handle is None:
             yield None
             return
         live.handle = handle
         try:
             # An abort may have come between the reservation and this task's turn.
-            yield None if live.aborted else handle
+            yield None if live.is_aborted else handle
         finally:
             live.handle = None
-            self._queue.release(handle.engine_id, request.n)
+            self._queue.release(handle.engine_id, needed)
 
     def _note_death(
         self, handle: EngineHandle, request: GenerateRequest, attempt: int, exc: EngineDeadError
@@ -239,32 +295,3 @@ class Router:
                 self._max_attempts,
                 exc.message,
             )
-
-    @staticmethod
-    async def _abort_on(handle: EngineHandle, request_id: str) -> None:
-        try:
-            await handle.abort(request_id)
-        except EngineError as exc:
-            # Its generate call ends with the same trouble; there is nobody else to tell.
-            with log_context(group_id=request_id, engine_id=handle.engine_id):
-                LOGGER.warning(
-                    "abort of %s on %s failed: %s", request_id, handle.engine_id, exc.message
-                )
-
-
-def aborted_result(request: GenerateRequest) -> GenerateResult:
-    """What a request returns that was aborted before any engine began it: ``n`` empty samples."""
-    samples = [
-        GeneratedSample(
-            sample_index=index,
-            token_ids=[],
-            logprobs=[],
-            text="",
-            finish_reason=FinishReason.ABORT,
-            weight_versions=[],
-            num_draft_tokens=0,
-            num_accepted_tokens=0,
-        )
-        for index in range(request.n)
-    ]
-    return GenerateResult(engine_id="", samples=samples, generate_s=0.0)

@@ -1,12 +1,18 @@
 """Pure routing decisions over frozen records of engine load. No clock, no I/O.
 
-Example, with room for 8 samples per engine and a group of 4 to place::
+Load is counted in tokens that were asked for and may still come (prompt + ``max_tokens`` of every
+sample): eight samples of 16k tokens are more work than thirty of 256. Example, with room for 8
+samples per engine and a group of 4 to place::
 
     a SERVING 6 reserved, b SERVING 3 reserved  -> b   (a has no room for 4, b has)
+    a SERVING 2 reserved, 9000 tokens, b SERVING 4 reserved, 2000 tokens  -> b
     a SERVING 6 reserved, b SERVING 7 reserved  -> wait for room
     a SYNCING 0 reserved, b SERVING 7 reserved  -> wait for room on b: a would only hold it up
     a SYNCING 0 reserved, b DEAD                -> a   (it goes on by itself after the commit)
     a STARTING, b DEAD                          -> wait for an engine
+
+A session goes back to the engine of its last turn, which has the conversation in its prefix cache,
+unless that would cost more waiting than prefill (``keeps_session``).
 """
 
 from __future__ import annotations
@@ -21,6 +27,22 @@ READY_STATES = frozenset({EngineState.SERVING, EngineState.PAUSED, EngineState.S
 """States in which an engine takes requests, at once or after a resume."""
 
 
+KV_FULL = 0.95
+"""Above this an engine soon preempts: what it is given waits, or makes others wait."""
+SESSION_SPILL_FACTOR = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What a group needs."""
+
+    num_samples: int
+    num_tokens: int
+    """At the most, prompt included, over all samples."""
+    session_engine_id: str | None = None
+    """Where the last turn of its session ran."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLoad:
     """What routing knows of one engine."""
@@ -29,8 +51,10 @@ class EngineLoad:
     state: EngineState
     num_reserved: int
     """Samples handed to the engine and not yet had back."""
+    num_reserved_tokens: int
+    """What those may still come to, prompts included."""
     kv_cache_usage: float
-    """Fraction 0..1, as of the last status poll; breaks ties only."""
+    """Fraction 0..1, as of the last status poll; full engines come last, and it breaks ties."""
 
 
 class RouteOutcome(StrEnum):
@@ -52,16 +76,16 @@ class RouteDecision:
 
 
 def choose_engine(
-    loads: Sequence[EngineLoad], num_samples: int, max_samples_per_engine: int
+    loads: Sequence[EngineLoad], demand: Demand, max_samples_per_engine: int
 ) -> RouteDecision:
-    """Pick the engine with the fewest reserved samples that has room for the whole group.
+    """Pick the engine with the fewest reserved tokens that has room for the whole group.
 
     Only when no engine is SERVING may a PAUSED or SYNCING one be queued to. A group larger than
     ``max_samples_per_engine`` goes to an engine that holds nothing else, or it could never run.
 
     Args:
         loads: every engine, in order of creation (the last tie-break).
-        num_samples: samples of the group; they stay together.
+        demand: of one group; its samples stay together, since they share their prompt's KV.
         max_samples_per_engine: room of one engine, in samples.
     """
     candidates = [load for load in loads if load.state is EngineState.SERVING]
@@ -72,9 +96,27 @@ def choose_engine(
     with_room = [
         load
         for load in candidates
-        if load.num_reserved == 0 or load.num_reserved + num_samples <= max_samples_per_engine
+        if load.num_reserved == 0
+        or load.num_reserved + demand.num_samples <= max_samples_per_engine
     ]
     if not with_room:
         return RouteDecision(outcome=RouteOutcome.WAIT_FOR_ROOM)
-    best = min(with_room, key=lambda load: (load.num_reserved, load.kv_cache_usage))
-    return RouteDecision(outcome=RouteOutcome.PLACE, engine_id=best.engine_id)
+    lightest = min(
+        with_room,
+        key=lambda load: (
+            load.kv_cache_usage >= KV_FULL,
+            load.num_reserved_tokens,
+            load.kv_cache_usage,
+        ),
+    )
+    for load in with_room:
+        if load.engine_id == demand.session_engine_id and keeps_session(load, lightest, demand):
+            return RouteDecision(outcome=RouteOutcome.PLACE, engine_id=load.engine_id)
+    return RouteDecision(outcome=RouteOutcome.PLACE, engine_id=lightest.engine_id)
+
+
+def keeps_session(own: EngineLoad, lightest: EngineLoad, demand: Demand) -> bool:
+    """Whether a session's next turn stays: its engine is not full, and holds at most twice what the
+    lightest does, not counting as much as this turn itself."""
+    allowed = SESSION_SPILL_FACTOR * lightest.num_reserved_tokens + demand.num_tokens
+    return own.kv_cache_usage < KV_FULL and own.num_reserved_tokens <= allowed

@@ -62,7 +62,9 @@ class ApiClient:
             Call(what=f"GET {path}", method="GET", path=path, answer=answer)
         )
 
-    def send(self, method: str, path: str, body: BaseModel, answer: type[AnswerT]) -> AnswerT:
+    def send(
+        self, method: str, path: str, body: BaseModel | None, answer: type[AnswerT]
+    ) -> AnswerT:
         """``method path`` with the fields of ``body`` that are set, parsed."""
         what = f"{method} {path}"
         return self._connection.send(

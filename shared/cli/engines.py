@@ -1,9 +1,10 @@
-"""``slipstream engines``: look at a running server's engines, scale them."""
+"""``slipstream engines``, ``pause`` and ``resume``: a running server's engines."""
 
 from __future__ import annotations
 
 import time
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 
@@ -18,12 +19,19 @@ from shared.cli.options import (
 )
 from shared.cli.output import print_json, print_table
 from shared.errors import UnavailableError
-from shared.schemas.engines import EnginesResponse, ScaleRequest
-from shared.types import EngineState
+from shared.schemas.engines import EnginesResponse, LeaveRequest, PauseRequest, ScaleRequest
+from shared.types import EngineState, PauseMode
 
-engines_app = typer.Typer(help="List and scale the rollout engines.", no_args_is_help=True)
+engines_app = typer.Typer(
+    help="List, scale, drain and remove the rollout engines.", no_args_is_help=True
+)
 
 WAIT_POLL_S = 0.5
+
+EngineIdArgument = Annotated[str, typer.Argument(help="As `slipstream engines list` names it.")]
+ReplaceOption = Annotated[
+    bool, typer.Option("--replace/--no-replace", help="Start another in its place.")
+]
 
 
 @engines_app.command("list")
@@ -66,6 +74,67 @@ def scale_engines(
         show_engines(answer, as_json)
 
 
+@engines_app.command("drain")
+def drain_engine(
+    engine_id: EngineIdArgument,
+    replace: ReplaceOption = True,
+    url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
+    timeout_s: TimeoutOption = 10.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Let an engine finish what it has, then stop it."""
+    path = f"/v1/engines/{quote(engine_id, safe='')}/drain"
+    with connect(url, timeout_s, api_key_file, ca_file) as client:
+        body = LeaveRequest(replace=replace)
+        show_engines(client.send("POST", path, body, EnginesResponse), as_json)
+
+
+@engines_app.command("remove")
+def remove_engine(
+    engine_id: EngineIdArgument,
+    replace: ReplaceOption = True,
+    url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
+    timeout_s: TimeoutOption = 10.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop an engine now; what it was doing is done again elsewhere."""
+    path = f"/v1/engines/{quote(engine_id, safe='')}?replace={str(replace).lower()}"
+    with connect(url, timeout_s, api_key_file, ca_file) as client:
+        show_engines(client.send("DELETE", path, None, EnginesResponse), as_json)
+
+
+def pause(
+    mode: Annotated[
+        PauseMode, typer.Option("--mode", help="Running sequences: freeze, finish, or end them.")
+    ] = PauseMode.KEEP,
+    url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
+    timeout_s: TimeoutOption = 30.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop generating on every engine until `slipstream resume`; requests queue."""
+    with connect(url, timeout_s, api_key_file, ca_file) as client:
+        body = PauseRequest(mode=mode)
+        show_engines(client.send("POST", "/v1/pause", body, EnginesResponse), as_json)
+
+
+def resume(
+    url: UrlOption = DEFAULT_URL,
+    api_key_file: ApiKeyFileOption = None,
+    ca_file: CaFileOption = None,
+    timeout_s: TimeoutOption = 30.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate again after `slipstream pause`."""
+    with connect(url, timeout_s, api_key_file, ca_file) as client:
+        show_engines(client.send("POST", "/v1/resume", None, EnginesResponse), as_json)
+
+
 def has_settled(answer: EnginesResponse) -> bool:
     """Whether exactly the wanted number of engines is there, and each can take work."""
     live = [engine for engine in answer.engines if engine.state is not EngineState.DEAD]
@@ -88,4 +157,5 @@ def show_engines(answer: EnginesResponse, as_json: bool) -> None:
         for e in answer.engines
     ]
     errors = "; ".join(f"{e.engine_id}: {e.error}" for e in answer.engines if e.error)
-    print_table(f"engines (target {answer.target_count})", columns, rows, errors or None)
+    paused = f", paused: {answer.pause_mode}" if answer.pause_mode else ""
+    print_table(f"engines (target {answer.target_count}{paused})", columns, rows, errors or None)

@@ -16,7 +16,7 @@ import typer
 from shared.cli import services
 from shared.cli.config import config_app
 from shared.cli.doctor import doctor
-from shared.cli.engines import engines_app
+from shared.cli.engines import engines_app, pause, resume
 from shared.cli.rollout import rollout
 from shared.cli.speculation import speculation_app
 from shared.cli.weights import weights_app
@@ -33,6 +33,8 @@ app.command()(services.train)
 app.command()(services.run)
 app.command()(rollout)
 app.add_typer(engines_app, name="engines")
+app.command()(pause)
+app.command()(resume)
 app.add_typer(speculation_app, name="speculation")
 app.add_typer(weights_app, name="weights")
 app.command("make-model")(services.make_model)

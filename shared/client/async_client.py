@@ -19,6 +19,7 @@ from shared.client.attempts import Attempts
 from shared.client.bodies import AnswerT
 from shared.client.calls import Call
 from shared.client.connection import Endpoint
+from shared.client.control import AsyncControlCalls
 from shared.client.failures import Wording
 from shared.client.headers import WireFormat
 from shared.client.sync_client import DEFAULT_TIMEOUT_S
@@ -34,16 +35,13 @@ from shared.client.weight_push import (
 )
 from shared.credentials import ClientCredentials
 from shared.errors import ConflictError, UnavailableError, UnknownResourceError
-from shared.schemas.engines import EnginesResponse
-from shared.schemas.operations import VersionResponse
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest, RolloutResponse
-from shared.schemas.speculation import SpeculationResponse
-from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+from shared.schemas.weights import PublishRequest, PublishResponse
 
 LOGGER = logging.getLogger(__name__)
 
 
-class AsyncRolloutClient:
+class AsyncRolloutClient(AsyncControlCalls):
     """One server, one pool of connections. For one event loop.
 
     Every method raises ``UnavailableError`` when the server stayed away longer than ``timeout_s``,
@@ -207,26 +205,6 @@ class AsyncRolloutClient:
         finally:
             remove_push(request, directory)
         return WeightPush.of(request, answer, push_s=self._clock() - started_s)
-
-    async def weights(self) -> WeightsResponse:
-        """Which version is committed."""
-        return await self._run(calls.weights())
-
-    async def speculation(self, since_step: int) -> SpeculationResponse:
-        """Decisions of every engine after ``since_step``. One attempt: pollers come again."""
-        return await self._connection.send(calls.speculation(since_step))
-
-    async def engines(self) -> EnginesResponse:
-        """Every engine with its state, load and versions."""
-        return await self._run(calls.engines())
-
-    async def scale(self, count: int) -> EnginesResponse:
-        """Ask for ``count`` engines; they start and drain in the background."""
-        return await self._run(calls.scale(count))
-
-    async def version(self) -> VersionResponse:
-        """Versions, the served model and the known rewards."""
-        return await self._run(calls.version())
 
     async def wait_until_ready(self) -> None:
         """Return when an engine takes requests."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+from urllib.parse import quote
 
 from pydantic import BaseModel
 
-from shared.schemas.engines import EnginesResponse, ScaleRequest
+from shared.schemas.engines import EnginesResponse, LeaveRequest, PauseRequest, ScaleRequest
 from shared.schemas.operations import VersionResponse
 from shared.schemas.rollouts import RolloutRequest, RolloutStatusResponse, StreamLine
 from shared.schemas.speculation import SpeculationResponse
 from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+from shared.types import PauseMode
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 
@@ -103,6 +105,48 @@ def scale(count: int) -> Call[EnginesResponse]:
         path="/v1/engines",
         answer=EnginesResponse,
         body=ScaleRequest(count=count),
+        timeout_s=STATUS_TIMEOUT_S,
+    )
+
+
+def drain_engine(engine_id: str, replace: bool) -> Call[EnginesResponse]:
+    return Call(
+        what=f"draining {engine_id}",
+        method="POST",
+        path=f"/v1/engines/{quote(engine_id, safe='')}/drain",
+        answer=EnginesResponse,
+        body=LeaveRequest(replace=replace),
+        timeout_s=STATUS_TIMEOUT_S,
+    )
+
+
+def remove_engine(engine_id: str, replace: bool) -> Call[EnginesResponse]:
+    return Call(
+        what=f"removing {engine_id}",
+        method="DELETE",
+        path=f"/v1/engines/{quote(engine_id, safe='')}?replace={str(replace).lower()}",
+        answer=EnginesResponse,
+        timeout_s=STATUS_TIMEOUT_S,
+    )
+
+
+def pause(mode: PauseMode, timeout_s: float) -> Call[EnginesResponse]:
+    return Call(
+        what=f"pausing generation, mode {mode.value}",
+        method="POST",
+        path="/v1/pause",
+        answer=EnginesResponse,
+        body=PauseRequest(mode=mode),
+        timeout_s=timeout_s,
+    )
+
+
+def resume() -> Call[EnginesResponse]:
+    return Call(
+        what="resuming generation",
+        method="POST",
+        path="/v1/resume",
+        answer=EnginesResponse,
         timeout_s=STATUS_TIMEOUT_S,
     )
 

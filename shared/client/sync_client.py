@@ -22,6 +22,7 @@ from shared.client.attempts import Attempts
 from shared.client.bodies import AnswerT
 from shared.client.calls import Call
 from shared.client.connection import Connection, Endpoint
+from shared.client.control import ControlCalls
 from shared.client.failures import Wording
 from shared.client.headers import WireFormat
 from shared.client.tracking import ProgressCallback, RolloutTracker
@@ -36,18 +37,15 @@ from shared.client.weight_push import (
 )
 from shared.credentials import ClientCredentials
 from shared.errors import ConflictError, UnavailableError, UnknownResourceError
-from shared.schemas.engines import EnginesResponse
-from shared.schemas.operations import VersionResponse
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest, RolloutResponse
-from shared.schemas.speculation import SpeculationResponse
-from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+from shared.schemas.weights import PublishRequest, PublishResponse
 
 LOGGER = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT_S = 600.0
 
 
-class RolloutClient:
+class RolloutClient(ControlCalls):
     """One server, one pool of connections. Safe to use from several threads.
 
     Every method raises ``UnavailableError`` when the server stayed away longer than ``timeout_s``,
@@ -196,26 +194,6 @@ class RolloutClient:
         finally:
             remove_push(request, directory)
         return WeightPush.of(request, answer, push_s=self._clock() - started_s)
-
-    def weights(self) -> WeightsResponse:
-        """Which version is committed."""
-        return self._run(calls.weights())
-
-    def speculation(self, since_step: int) -> SpeculationResponse:
-        """Decisions of every engine after ``since_step``. One attempt: pollers come again."""
-        return self._connection.send(calls.speculation(since_step))
-
-    def engines(self) -> EnginesResponse:
-        """Every engine with its state, load and versions."""
-        return self._run(calls.engines())
-
-    def scale(self, count: int) -> EnginesResponse:
-        """Ask for ``count`` engines; they start and drain in the background."""
-        return self._run(calls.scale(count))
-
-    def version(self) -> VersionResponse:
-        """Versions, the served model and the known rewards."""
-        return self._run(calls.version())
 
     def wait_until_ready(self) -> None:
         """Return when an engine takes requests."""

@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from shared.config.base import SettingsModel
-from shared.types import NetworkAccess
+from shared.types import DeadEnginePolicy, NetworkAccess
 
 
 class LimitsConfig(SettingsModel):
@@ -74,6 +74,10 @@ class ServerConfig(SettingsModel):
     """How long requests wait for an engine while none can take them; afterwards they answer 503."""
     max_generate_attempts: int = Field(default=3, ge=1)
     """Engines a group is tried on when engines die under it."""
+    dead_engine_policy: DeadEnginePolicy = DeadEnginePolicy.CONTINUE
+    """What becomes of the unfinished samples of an engine that dies."""
+    progress_interval_s: float = Field(default=1.0, gt=0)
+    """How often engines are asked what they have sampled; more than that is not lost with one."""
     dispatch_depth: int = Field(default=2, ge=1)
     """Samples handed to one engine at once, in multiples of ``engine.max_num_seqs``; the rest waits
     in the router, where an engine that joins later can still get it."""

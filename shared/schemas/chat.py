@@ -12,7 +12,7 @@ from pydantic import Field
 
 from shared.schemas.base import WireModel
 from shared.schemas.completions import CompletionUsage, StreamOptions
-from shared.schemas.rollouts import LogitBias, WeightVersionSpan
+from shared.schemas.rollouts import LogitBias, SessionId, WeightVersionSpan
 
 
 class ChatTextPart(WireModel):
@@ -58,6 +58,8 @@ class ChatCompletionRequest(WireModel):
     return_token_ids: bool = False
     ignore_eos: bool = False
     user: str | None = None
+    session_id: SessionId | None = None
+    """Not OpenAI's (``extra_body``): turns of one conversation share an engine's prefix cache."""
 
 
 class ChatTokenLogprob(WireModel):

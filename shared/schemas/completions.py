@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from shared.schemas.base import WireModel
-from shared.schemas.rollouts import LogitBias, TokenId, WeightVersionSpan
+from shared.schemas.rollouts import LogitBias, SessionId, TokenId, WeightVersionSpan
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
@@ -47,6 +47,8 @@ class CompletionRequest(WireModel):
     return_token_ids: bool = False
     ignore_eos: bool = False
     user: str | None = None
+    session_id: SessionId | None = None
+    """Not OpenAI's (``extra_body``): turns of one conversation share an engine's prefix cache."""
 
 
 class CompletionLogprobs(WireModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from shared.schemas.base import WireModel
-from shared.types import DrafterScheme, EngineState
+from shared.types import DrafterScheme, EngineState, PauseMode
 
 
 class EngineStatus(WireModel):
@@ -37,13 +37,29 @@ class EngineStatus(WireModel):
 
 
 class EnginesResponse(WireModel):
-    """Answer of ``GET`` and ``PUT /v1/engines``."""
+    """Answer of every route that reads or changes the set of engines."""
 
     target_count: int
     engines: list[EngineStatus]
+    pause_mode: PauseMode | None = None
+    """How ``POST /v1/pause`` stopped generation; null while engines generate."""
 
 
 class ScaleRequest(WireModel):
     """Body of ``PUT /v1/engines``."""
 
     count: int = Field(ge=0)
+
+
+class LeaveRequest(WireModel):
+    """Body of ``POST /v1/engines/{engine_id}/drain``."""
+
+    replace: bool = True
+    """Start another engine in its place; false lowers the number of engines by one."""
+
+
+class PauseRequest(WireModel):
+    """Body of ``POST /v1/pause``."""
+
+    mode: PauseMode = PauseMode.KEEP
+    """What becomes of running sequences."""

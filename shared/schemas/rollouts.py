@@ -14,6 +14,11 @@ LogitBias = dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]]
 """Added to the logits of these tokens before anything else is done to them."""
 
 
+SessionId = Annotated[str, Field(min_length=1, max_length=128)]
+"""Names a conversation whose turns come as separate requests: they go to one engine, which has the
+turns before in its prefix cache, unless it is much busier than the others."""
+
+
 class ChatMessage(WireModel):
     """One turn of a conversation; rendered with the model's own chat template."""
 
@@ -31,6 +36,7 @@ class PromptItem(WireModel):
     """Reference answer, handed to the reward function."""
     metadata: JsonObject = Field(default_factory=dict)
     """Echoed back and handed to the reward function."""
+    session_id: SessionId | None = None
 
     @model_validator(mode="after")
     def exactly_one_form(self) -> Self:
@@ -92,6 +98,11 @@ class RolloutRequest(WireModel):
     prompts: list[PromptItem] = Field(min_length=1)
     n: int = Field(default=1, ge=1)
     """Samples per prompt (the group size of GRPO)."""
+    over_provision: int = Field(default=0, ge=0)
+    """Samples per prompt that are begun beyond ``n``: the ``n`` that finish first are the group,
+    the others are ended. Spares the wait for stragglers, and prefers short completions: a bias."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds after which whatever is unfinished ends with ``finish_reason: abort``."""
     sampling: SamplingOptions = Field(default_factory=SamplingOptions)
     reward: RewardSpec | None = None
     max_policy_lag: int | None = Field(default=None, ge=0)

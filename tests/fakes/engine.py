@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -14,6 +14,8 @@ from rollout_server.engine.protocol import (
     GenerateRequest,
     GenerateResult,
     GenerateTimings,
+    KnownTokens,
+    SampleProgress,
 )
 from rollout_server.engine.vllm_metrics import MetricText, vllm_metrics
 from shared.errors import EngineDeadError, EngineError
@@ -21,7 +23,13 @@ from shared.schemas.engines import EngineStatus
 from shared.schemas.rollouts import WeightVersionSpan
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch, SpeculationStep
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
-from shared.types import DrafterScheme, EngineState, FinishReason, SpeculationReason
+from shared.types import (
+    DrafterScheme,
+    EngineState,
+    FinishReason,
+    PauseMode,
+    SpeculationReason,
+)
 
 VOCAB_SIZE = 256
 NUM_TOKENS = 6
@@ -56,7 +64,14 @@ class FakeEngine:
     vllm_registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     requests: list[GenerateRequest] = field(default_factory=list)
     patches: list[SpeculationPatch] = field(default_factory=list)
+    pauses: list[PauseMode | None] = field(default_factory=list)
+    """Operators' pauses and resumes (None) in order."""
     aborted: list[str] = field(default_factory=list)
+    num_partial_tokens: int = 0
+    """What a running sample has when asked for its progress."""
+    num_progress_asked: int = 0
+    num_finished: int = 0
+    """Samples of a running group that are whole when asked."""
     num_running: int = 0
     max_running: int = 0
     """Most samples held at once."""
@@ -104,6 +119,40 @@ class FakeEngine:
                 )
                 num_deltas += 1
                 await asyncio.sleep(self.delay_s)
+
+    async def progress(self, known: Mapping[str, KnownTokens]) -> dict[str, list[SampleProgress]]:
+        self._raise_if_failing()
+        self.num_progress_asked += 1
+        running = {request.request_id: request for request in self.requests}
+        return {
+            request_id: self._news(running[request_id], tokens)
+            for request_id, tokens in known.items()
+            if request_id in self._abort_events
+        }
+
+    def _news(self, request: GenerateRequest, known: KnownTokens) -> list[SampleProgress]:
+        news = []
+        for index in range(request.n):
+            sample = self._sample(request, index, was_aborted=False)
+            if index < self.num_finished:
+                if index not in known.finished:
+                    news.append(SampleProgress(sample_index=index, whole=sample))
+                continue
+            start = known.num_tokens.get(index, 0)
+            token_ids = sample.token_ids[start : self.num_partial_tokens]
+            if token_ids:
+                end = start + len(token_ids)
+                span = WeightVersionSpan(version=self.committed_version, start=0, end=end)
+                news.append(
+                    SampleProgress(
+                        sample_index=index,
+                        start=start,
+                        token_ids=token_ids,
+                        logprobs=sample.logprobs[start:end],
+                        weight_versions=[span],
+                    )
+                )
+        return news
 
     async def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -211,6 +260,23 @@ class FakeEngine:
             resume_s=0.0,
             paused_s=0.0,
         )
+
+    async def pause_generation(self, mode: PauseMode) -> None:
+        self._raise_if_failing()
+        self.pauses.append(mode)
+        if self.state is EngineState.SERVING:
+            self.state = EngineState.PAUSED
+        self.unblocked.clear()
+        if mode is PauseMode.ABORT:
+            for event in self._abort_events.values():
+                event.set()
+
+    async def resume_generation(self) -> None:
+        self._raise_if_failing()
+        self.pauses.append(None)
+        if self.state is EngineState.PAUSED:
+            self.state = EngineState.SERVING
+        self.unblocked.set()
 
     async def audit(self, path: str) -> EngineAudit:
         return EngineAudit(

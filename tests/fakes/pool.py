@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rollout_server.engine.protocol import ModelInfo
-from shared.errors import InvalidRequestError
+from shared.errors import InvalidRequestError, UnknownResourceError
+from shared.types import EngineState
 from tests.fakes.engine import VOCAB_SIZE, FakeEngine
 
 
@@ -28,6 +29,28 @@ class FakePool:
 
     def engines(self) -> Sequence[FakeEngine]:
         return tuple(self.members)
+
+    def drain(self, engine_id: str, *, replace: bool) -> None:
+        self._find(engine_id).state = EngineState.DRAINING
+        self._replace(replace)
+
+    def remove(self, engine_id: str, *, replace: bool) -> None:
+        engine = self._find(engine_id)
+        engine.condemn("it was removed by request")
+        self.members.remove(engine)
+        self._replace(replace)
+
+    def _find(self, engine_id: str) -> FakeEngine:
+        for engine in self.members:
+            if engine.engine_id == engine_id:
+                return engine
+        raise UnknownResourceError(f"no engine {engine_id}", param="engine_id")
+
+    def _replace(self, replace: bool) -> None:
+        if replace:
+            self.members.append(FakeEngine(f"replacement-{len(self.members)}"))
+        else:
+            self.target_count -= 1
 
     async def scale(self, count: int) -> None:
         if count > 4:

@@ -33,7 +33,7 @@ class FakeTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return bytes(token_ids).decode(errors="replace")
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import pytest
 
 from rollout_server.engine.protocol import GenerateRequest
-from rollout_server.router.dispatch_queue import POLL_S, DispatchQueue
+from rollout_server.router.dispatch_queue import POLL_S, DispatchQueue, Reserved
 from rollout_server.router.router import RoutedResult, Router
 from shared.errors import EngineDeadError, EngineError, OverloadedError, UnavailableError
 from shared.schemas.rollouts import SamplingOptions
@@ -17,6 +18,8 @@ from shared.types import EngineState, FinishReason
 from tests.fakes.engine import FakeEngine, fake_tokens
 from tests.fakes.pool import FakePool
 from tests.fakes.service import until
+
+ONE = Reserved(num_samples=1, num_tokens=10)
 
 
 def group(name: str, n: int = 1) -> GenerateRequest:
@@ -32,6 +35,7 @@ async def router_over(
     room: int = 4,
     engine_wait_timeout_s: float = 60.0,
     max_attempts: int = 3,
+    may_continue: bool = True,
 ) -> AsyncIterator[tuple[Router, FakePool]]:
     pool = FakePool(engines)
     router = Router(
@@ -40,6 +44,8 @@ async def router_over(
         max_samples_per_engine=room,
         engine_wait_timeout_s=engine_wait_timeout_s,
         max_attempts=max_attempts,
+        may_continue=may_continue,
+        progress_interval_s=0.01,
     )
     await router.start()
     try:
@@ -64,6 +70,27 @@ async def test_all_samples_of_a_group_come_from_one_engine() -> None:
     assert [sample.sample_index for sample in routed.result.samples] == [0, 1, 2]
     assert routed.result.samples[1].token_ids == fake_tokens([1, 2], 1, 256)
     assert routed.num_attempts == 1
+
+
+async def test_turns_of_a_session_go_where_the_last_one_went() -> None:
+    engines = [FakeEngine(name) for name in "abc"]
+    async with router_over(engines) as (router, _):
+        for turn in range(3):
+            for session in ("x", "y", "z"):
+                request = replace(group(f"{session}{turn}"), session_id=session)
+                busy = spawn(router, replace(group(f"other{session}{turn}"), n=1))
+                await router.generate(request)
+                await asyncio.gather(*busy)
+    homes = {
+        session: {
+            engine.engine_id
+            for engine in engines
+            for r in engine.requests
+            if r.session_id == session
+        }
+        for session in ("x", "y", "z")
+    }
+    assert all(len(home) == 1 for home in homes.values())
 
 
 async def test_groups_spread_over_engines_and_the_rest_waits_in_order() -> None:
@@ -147,6 +174,67 @@ async def test_a_dead_engine_gets_nothing_even_if_its_handle_has_not_noticed() -
     assert len(liar.requests) == 1
 
 
+def dying_in_the_middle(num_partial_tokens: int, num_finished: int = 0) -> FakeEngine:
+    engine = blocked("a")
+    engine.num_partial_tokens, engine.num_finished = num_partial_tokens, num_finished
+    return engine
+
+
+async def test_another_engine_goes_on_behind_the_tokens_of_one_that_died() -> None:
+    engines = [dying_in_the_middle(2, num_finished=1), FakeEngine("b")]
+    async with router_over(engines) as (router, _):
+        (task,) = spawn(router, group("g", n=3))
+        await until(lambda: engines[0].num_progress_asked >= 2, "its progress to be known")
+        engines[0].die()
+        routed = await task
+        assert router.num_kept_tokens == 6 + 2 * 2
+        assert router.num_reserved("a") == router.num_reserved("b") == 0
+    rests = engines[1].requests
+    assert [rest.request_id for rest in rests] == [f"g/attempt=2/sample={i}" for i in (1, 2)]
+    first = [fake_tokens([1, 2], index, 256)[:2] for index in range(3)]
+    assert [rest.prompt_token_ids for rest in rests] == [[1, 2, *first[1]], [1, 2, *first[2]]]
+    samples = routed.result.samples
+    assert samples[0].token_ids == fake_tokens([1, 2], 0, 256)
+    assert samples[1].token_ids[:2] == first[1]
+    assert samples[1].token_ids[2:] == fake_tokens([1, 2, *first[1]], 0, 254)
+    assert engines[1].max_running == 2
+
+
+async def test_by_configuration_a_dead_engines_tokens_are_not_asked_for() -> None:
+    engines = [dying_in_the_middle(2), FakeEngine("b")]
+    async with router_over(engines, may_continue=False) as (router, _):
+        (task,) = spawn(router, group("g"))
+        await until(lambda: engines[0].num_running == 1, "the engine to have it")
+        await asyncio.sleep(0.05)
+        engines[0].die()
+        assert (await task).result.samples[0].token_ids == fake_tokens([1, 2], 0, 256)
+    assert engines[0].num_progress_asked == 0
+
+
+async def test_a_group_that_had_finished_needs_no_other_engine() -> None:
+    engine = dying_in_the_middle(0, num_finished=2)
+    async with router_over([engine]) as (router, _):
+        (task,) = spawn(router, group("g", n=2))
+        await until(lambda: engine.num_progress_asked >= 2, "its progress to be known")
+        engine.die()
+        routed = await task
+    assert [len(sample.token_ids) for sample in routed.result.samples] == [6, 6]
+
+
+async def test_an_abort_reaches_every_piece_of_a_continued_group() -> None:
+    engines = [dying_in_the_middle(2), blocked("b")]
+    async with router_over(engines) as (router, _):
+        (task,) = spawn(router, group("g", n=2))
+        await until(lambda: engines[0].num_progress_asked >= 2, "its progress to be known")
+        engines[0].die()
+        await until(lambda: engines[1].num_running == 2, "the other engine to have both")
+        await router.abort("g")
+        samples = (await task).result.samples
+    assert engines[1].aborted == ["g/attempt=2/sample=0", "g/attempt=2/sample=1"]
+    assert {sample.finish_reason for sample in samples} == {FinishReason.ABORT}
+    assert all(len(sample.token_ids) > 2 for sample in samples)
+
+
 async def test_retries_end_after_max_attempts() -> None:
     engines = [FakeEngine(name, dies_on_generate=True) for name in "abcd"]
     async with router_over(engines, max_attempts=3) as (router, _):
@@ -205,10 +293,10 @@ async def test_a_group_cancelled_in_the_moment_it_gets_an_engine_leaks_no_reserv
     queue = DispatchQueue(
         FakePool([FakeEngine("a")]), max_samples_per_engine=1, engine_wait_timeout_s=60.0
     )
-    await queue.acquire("g0", 1)
-    waiting = asyncio.create_task(queue.acquire("g1", 1))
+    await queue.acquire("g0", ONE)
+    waiting = asyncio.create_task(queue.acquire("g1", ONE))
     await asyncio.sleep(0)
-    queue.release("a", 1)  # reserves for g1, whose task has not had its turn yet
+    queue.release("a", ONE)  # reserves for g1, whose task has not had its turn yet
     assert queue.num_reserved("a") == 1
     waiting.cancel()
     with suppress(asyncio.CancelledError):
@@ -226,14 +314,14 @@ async def test_the_time_without_an_engine_is_forgotten_once_there_is_one() -> No
         clock=lambda: now_s,
     )
     loop_task = asyncio.create_task(queue.run())
-    tasks = [asyncio.create_task(queue.acquire(name, 1)) for name in ("g0", "g1")]
+    tasks = [asyncio.create_task(queue.acquire(name, ONE)) for name in ("g0", "g1")]
     await until(lambda: queue.num_queued_samples == 2, "both to queue")
     engine.state = EngineState.SERVING
     await tasks[0]
     now_s = 100.0
     await asyncio.sleep(4 * POLL_S)
     assert not tasks[1].done()
-    queue.release("a", 1)
+    queue.release("a", ONE)
     await tasks[1]
     loop_task.cancel()
 

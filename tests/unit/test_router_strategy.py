@@ -4,23 +4,91 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rollout_server.router.strategy import READY_STATES, EngineLoad, RouteOutcome, choose_engine
+from rollout_server.router import strategy
+from rollout_server.router.sessions import SessionMap
+from rollout_server.router.strategy import (
+    KV_FULL,
+    READY_STATES,
+    Demand,
+    EngineLoad,
+    RouteDecision,
+    RouteOutcome,
+)
 from shared.types import EngineState
 
 SERVING = EngineState.SERVING
 
 
 def load(
-    engine_id: str, num_reserved: int = 0, state: EngineState = SERVING, kv: float = 0.0
+    engine_id: str,
+    num_reserved: int = 0,
+    state: EngineState = SERVING,
+    kv: float = 0.0,
+    tokens_each: int = 100,
 ) -> EngineLoad:
     return EngineLoad(
-        engine_id=engine_id, state=state, num_reserved=num_reserved, kv_cache_usage=kv
+        engine_id=engine_id,
+        state=state,
+        num_reserved=num_reserved,
+        num_reserved_tokens=num_reserved * tokens_each,
+        kv_cache_usage=kv,
     )
+
+
+def choose_engine(
+    loads: list[EngineLoad], num_samples: int, room: int, session_engine: str | None = None
+) -> RouteDecision:
+    demand = Demand(
+        num_samples=num_samples,
+        num_tokens=100 * num_samples,
+        session_engine_id=session_engine,
+    )
+    return strategy.choose_engine(loads, demand, room)
 
 
 def test_the_engine_with_the_fewest_reserved_samples_is_chosen() -> None:
     decision = choose_engine([load("a", 6), load("b", 3), load("c", 5)], 1, 8)
     assert decision.engine_id == "b"
+
+
+def test_few_long_samples_weigh_more_than_many_short_ones() -> None:
+    long = load("long", 2, tokens_each=16_000)
+    assert choose_engine([long, load("short", 6)], 1, 8).engine_id == "short"
+
+
+def test_an_engine_without_free_kv_comes_last_however_little_it_holds() -> None:
+    assert choose_engine([load("full", 1, kv=KV_FULL), load("b", 7)], 1, 8).engine_id == "b"
+    assert choose_engine([load("full", 1, kv=KV_FULL), load("b", 8)], 1, 8).engine_id == "full"
+
+
+@pytest.mark.parametrize(
+    ("own", "lightest", "chosen"),
+    [
+        (load("own", 4), load("other", 2), "own"),
+        (load("own", 5), load("other", 2), "own"),
+        (load("own", 6), load("other", 2), "other"),
+        (load("own", 1), load("other", 0), "own"),
+        (load("own", 2), load("other", 0), "other"),
+        (load("own", 0, kv=KV_FULL), load("other", 0), "other"),
+        (load("own", 8), load("other", 7), "other"),
+        (load("own", 0, EngineState.DRAINING), load("other", 5), "other"),
+    ],
+)
+def test_a_session_stays_unless_its_engine_is_much_busier(
+    own: EngineLoad, lightest: EngineLoad, chosen: str
+) -> None:
+    assert choose_engine([lightest, own], 1, 8, session_engine="own").engine_id == chosen
+
+
+def test_a_session_whose_engine_is_gone_starts_anywhere() -> None:
+    assert choose_engine([load("a", 1), load("b")], 1, 8, session_engine="gone").engine_id == "b"
+
+
+def test_sessions_that_are_silent_longest_are_forgotten_first() -> None:
+    sessions = SessionMap(max_sessions=2)
+    for name, engine in (("x", "a"), ("y", "b"), ("x", "c"), ("z", "d"), (None, "e")):
+        sessions.note(name, engine)
+    assert [sessions.engine_of(name) for name in ("x", "y", "z", None)] == ["c", None, "d", None]
 
 
 def test_kv_usage_then_creation_order_break_ties() -> None:

@@ -62,6 +62,21 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
         ("num_draft_tokens", "num_accepted_tokens"),
     ),
     Symbol("vllm.v1.request", "Request.update_block_hashes"),
+    Symbol(
+        "vllm.v1.engine.output_processor",
+        "RequestState.track_weight_version",
+        ("weight_version",),
+    ),
+    Symbol(
+        "vllm.v1.engine.output_processor",
+        "RequestState.__init__",
+        ("external_req_id", "parent_req", "request_index", "logprobs_processor", "detokenizer"),
+    ),
+    Symbol(
+        "vllm.v1.engine.parallel_sampling",
+        "ParentRequest.get_outputs",
+        ("child_request_id", "completion_output"),
+    ),
     Symbol("vllm.v1.engine.core", "EngineCore.set_weight_version"),
     Symbol("vllm.v1.engine.core", "EngineCore.post_step", ("model_executed",)),
     Symbol("vllm.v1.engine.core", "EngineCore.shutdown"),

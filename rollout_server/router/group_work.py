@@ -1,0 +1,260 @@
+"""One group on its way through engines that may die: what is done, what is left. Pure.
+
+A group starts as one request for all its samples. When its engine dies, samples that had finished
+are kept; of the others, what was sampled becomes a prefix, and the next engine is asked for the
+rest of each::
+
+    attempt 1   a: 0 1 2 3 4 5 |end      b: 0 1 2 3 4 (dies)    c: (dies)
+    attempt 2                            b: prompt + 0..4, n=1   c: prompt, n=1
+
+Sampling goes on from the prefix as it would have: a token's distribution depends on the tokens
+before it and on the request, not on who sampled them. Where that is not so the sample starts over:
+with a seed (its random stream has been used up to there), with presence or frequency penalties
+(they count sampled tokens, and the prefix would be prompt), with stop strings (one may begin in the
+prefix).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from rollout_server.engine.protocol import (
+    GeneratedSample,
+    GenerateRequest,
+    GenerateResult,
+    KnownTokens,
+    SampleProgress,
+)
+from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
+from shared.types import FinishReason
+
+CompletionText = Callable[[list[int], list[int]], str]
+"""Text of completion tokens after these prompt tokens."""
+
+
+def can_continue(sampling: SamplingOptions) -> bool:
+    """Whether the rest of a sample may be sampled by a request of its own."""
+    return (
+        sampling.seed is None
+        and not sampling.stop
+        and sampling.presence_penalty == 0
+        and sampling.frequency_penalty == 0
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class Prefix:
+    """What is known of an unfinished sample."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    weight_versions: list[WeightVersionSpan] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """One request of an attempt; its samples are these of the group, in this order."""
+
+    request: GenerateRequest
+    sample_indices: tuple[int, ...]
+
+
+class GroupWork:
+    """The state of one group.
+
+    Args:
+        completion_text: makes the text of samples that more than one engine worked on.
+        may_continue: False starts unfinished samples over when an engine dies.
+        num_wanted: with fewer than ``request.n``, the samples that finish first are the group.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        completion_text: CompletionText,
+        *,
+        may_continue: bool,
+        num_wanted: int | None = None,
+    ) -> None:
+        self._request = request
+        self._num_wanted = request.n if num_wanted is None else num_wanted
+        self._completion_text = completion_text
+        self._may_continue = may_continue and can_continue(request.sampling)
+        self._finished: dict[int, GeneratedSample] = {}
+        """In order of finishing, as far as that is known."""
+        self._given: dict[int, Prefix] = {index: Prefix() for index in range(request.n)}
+        """What the pieces of this attempt were given to go on from, by unfinished sample."""
+        self._gained: dict[int, Prefix] = {}
+        """What is known of this attempt's own tokens."""
+        self._attempt = 1
+
+    @property
+    def num_unfinished(self) -> int:
+        """Samples an engine is still needed for."""
+        return self._request.n - len(self._finished)
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether the wanted samples have finished, so that the others need not."""
+        ended = sum(s.finish_reason is not FinishReason.ABORT for s in self._finished.values())
+        return ended >= self._num_wanted
+
+    @property
+    def needs_news(self) -> bool:
+        """Whether anything comes of knowing what runs: a prefix to go on from, an early end."""
+        return self._may_continue or self._num_wanted < self._request.n
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Tokens that this attempt does not have to sample again."""
+        return sum(len(prefix.token_ids) for prefix in self._given.values()) + (
+            sum(len(sample.token_ids) for sample in self._finished.values())
+        )
+
+    def pieces(self) -> list[Piece]:
+        """The requests of this attempt: samples without a prefix together, the others alone."""
+        request = self._request
+        fresh = tuple(i for i, prefix in self._given.items() if not prefix.token_ids)
+        pieces = []
+        if fresh:
+            name = request.request_id if self._attempt == 1 else self._name("fresh")
+            whole = replace(request, request_id=name, n=len(fresh))
+            pieces.append(Piece(request=whole, sample_indices=fresh))
+        for index, prefix in self._given.items():
+            if num_given := len(prefix.token_ids):
+                sampling = request.sampling
+                shorter = {
+                    "max_tokens": sampling.max_tokens - num_given,
+                    "min_tokens": max(0, sampling.min_tokens - num_given),
+                }
+                rest = replace(
+                    request,
+                    request_id=self._name(f"sample={index}"),
+                    prompt_token_ids=[*request.prompt_token_ids, *prefix.token_ids],
+                    n=1,
+                    sampling=sampling.model_copy(update=shorter),
+                )
+                pieces.append(Piece(request=rest, sample_indices=(index,)))
+        return pieces
+
+    def known(self, piece: Piece) -> KnownTokens:
+        """What need not be told again about a piece, in its own sample numbers."""
+        return KnownTokens(
+            num_tokens={
+                number: len(self._gained[index].token_ids)
+                for number, index in enumerate(piece.sample_indices)
+                if index in self._gained
+            },
+            finished=frozenset(
+                number
+                for number, index in enumerate(piece.sample_indices)
+                if index in self._finished
+            ),
+        )
+
+    def note(self, piece: Piece, progress: Sequence[SampleProgress]) -> None:
+        """Take in what an engine has. What comes late, twice or out of order changes nothing."""
+        for news in progress:
+            index = piece.sample_indices[news.sample_index]
+            if index in self._finished:
+                continue
+            if news.whole is not None:
+                self._finish(index, news.whole)
+                continue
+            gained = self._gained.setdefault(index, Prefix())
+            if news.start != len(gained.token_ids):
+                continue
+            gained.token_ids.extend(news.token_ids)
+            gained.logprobs.extend(news.logprobs)
+            gained.weight_versions = news.weight_versions
+
+    def take(self, piece: Piece, result: GenerateResult) -> None:
+        """The piece has come back whole."""
+        for sample in result.samples:
+            index = piece.sample_indices[sample.sample_index]
+            if index not in self._finished:
+                self._finish(index, sample)
+
+    def engine_died(self) -> None:
+        """Get ready for the next attempt with what is known of this one."""
+        self._attempt += 1
+        for index, gained in self._gained.items():
+            if self._may_continue and index in self._given:
+                whole = _after(self._given[index], gained)
+                # An engine never reports a sample as running that has all its tokens; should one,
+                # the sample goes on from what it was given.
+                if len(whole.token_ids) < self._request.sampling.max_tokens:
+                    self._given[index] = whole
+        self._gained = {}
+
+    def end_as_aborted(self) -> None:
+        """Finish what is unfinished with what there is."""
+        for index, given in list(self._given.items()):
+            whole = _after(given, self._gained.get(index, Prefix()))
+            self._finished[index] = GeneratedSample(
+                sample_index=index,
+                token_ids=whole.token_ids,
+                logprobs=whole.logprobs,
+                text=self._text(whole.token_ids),
+                finish_reason=FinishReason.ABORT,
+                weight_versions=whole.weight_versions,
+                num_draft_tokens=0,
+                num_accepted_tokens=0,
+            )
+        self._given = {}
+
+    def samples(self) -> list[GeneratedSample]:
+        """The wanted ones, numbered from 0. Only when none is unfinished."""
+        assert not self._given, "samples are unfinished"
+        # Stable: those that were ended come after those that ended by themselves.
+        first = sorted(
+            self._finished.values(), key=lambda s: s.finish_reason is FinishReason.ABORT
+        )[: self._num_wanted]
+        in_order = sorted(first, key=lambda sample: sample.sample_index)
+        return [replace(sample, sample_index=index) for index, sample in enumerate(in_order)]
+
+    def _finish(self, index: int, sample: GeneratedSample) -> None:
+        given = self._given.pop(index)
+        self._gained.pop(index, None)
+        own = Prefix(
+            token_ids=sample.token_ids,
+            logprobs=sample.logprobs,
+            weight_versions=sample.weight_versions,
+        )
+        whole = _after(given, own)
+        self._finished[index] = GeneratedSample(
+            sample_index=index,
+            token_ids=whole.token_ids,
+            logprobs=whole.logprobs,
+            text=self._text(whole.token_ids) if given.token_ids else sample.text,
+            finish_reason=sample.finish_reason,
+            weight_versions=whole.weight_versions,
+            # Of the engine that finished it; those of dead ones went with them.
+            num_draft_tokens=sample.num_draft_tokens,
+            num_accepted_tokens=sample.num_accepted_tokens,
+        )
+
+    def _text(self, token_ids: list[int]) -> str:
+        if not token_ids:
+            return ""
+        return self._completion_text(self._request.prompt_token_ids, token_ids)
+
+    def _name(self, part: str) -> str:
+        return f"{self._request.request_id}/attempt={self._attempt}/{part}"
+
+
+def _after(given: Prefix, gained: Prefix) -> Prefix:
+    """Both, one behind the other; spans of one version that meet become one."""
+    num_given = len(given.token_ids)
+    spans = list(given.weight_versions)
+    for span in gained.weight_versions:
+        start, end = span.start + num_given, span.end + num_given
+        if spans and spans[-1].version == span.version and spans[-1].end == start:
+            start = spans.pop().start
+        spans.append(WeightVersionSpan(version=span.version, start=start, end=end))
+    return Prefix(
+        token_ids=[*given.token_ids, *gained.token_ids],
+        logprobs=[*given.logprobs, *gained.logprobs],
+        weight_versions=spans,
+    )

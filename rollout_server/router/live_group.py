@@ -1,0 +1,41 @@
+"""What the router remembers of a request that is not answered yet."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from rollout_server.engine.protocol import EngineHandle
+from rollout_server.router.group_work import GroupWork, Piece
+from shared.errors import EngineError
+from shared.logging import log_context
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class LiveGroup:
+    """One group between its acceptance and its answer."""
+
+    work: GroupWork | None
+    """None for a stream, whose tokens are gone as soon as they are sampled."""
+    handle: EngineHandle | None = None
+    """The engine that holds it now; None while it waits."""
+    request_ids: tuple[str, ...] = ()
+    """What the engine calls it."""
+    pieces: list[Piece] = field(default_factory=list)
+    """Of the present attempt."""
+    is_aborted: bool = False
+
+
+async def abort_on_engine(handle: EngineHandle, group: LiveGroup) -> None:
+    """End whatever the engine has of a group; its ``generate`` calls return what there is."""
+    for request_id in group.request_ids:
+        try:
+            await handle.abort(request_id)
+        except EngineError as exc:
+            # Its generate call ends with the same trouble; there is nobody else to tell.
+            with log_context(group_id=request_id, engine_id=handle.engine_id):
+                LOGGER.warning(
+                    "abort of %s on %s failed: %s", request_id, handle.engine_id, exc.message
+                )
