@@ -9,17 +9,18 @@ from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
 from rollout_server.engine.actor import EngineFacts
+from rollout_server.engine.actor_calls import ActorCalls
 from rollout_server.engine.arguments import EngineSpec
+from rollout_server.engine.cluster import RayEngineHost
 from rollout_server.engine.footprint import Footprint, merged, remove_footprint
-from rollout_server.engine.lifecycle import EngineLifecycle
 from rollout_server.engine.protocol import GenerateDelta, GenerateRequest, GenerateResult
 from rollout_server.engine.status import engine_status
 from rollout_server.engine.vllm_metrics import MetricText
 from shared.config.weights import WeightsConfig
-from shared.errors import EngineDeadError, EngineError, SlipstreamError, WeightCommitError
+from shared.errors import SlipstreamError, WeightCommitError
 from shared.schemas.engines import EngineStatus
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
@@ -28,16 +29,22 @@ from shared.types import EngineState
 CONTROL_TIMEOUT_S = 30.0
 """For calls that only read or set something between two engine steps."""
 FOOTPRINT_TIMEOUT_S = 5.0
+SHUTDOWN_TIMEOUT_S = 30.0
 
 
 class RayEngineHandle:
-    """One engine. Implements ``engine.protocol.EngineHandle``."""
+    """One engine. Implements ``engine.protocol.EngineHandle``.
 
-    def __init__(self, spec: EngineSpec, actor: Any, weights: WeightsConfig) -> None:
+    From the moment its state is DEAD every call raises ``EngineDeadError``, also those that wait.
+    """
+
+    def __init__(self, spec: EngineSpec, host: RayEngineHost, weights: WeightsConfig) -> None:
         self.spec = spec
-        self._actor = actor
+        self.host = host
+        self._actor: Any = None
+        self._calls = ActorCalls(spec.engine_id)
+        self._lifecycle = self._calls.lifecycle
         self._weights = weights
-        self._lifecycle = EngineLifecycle()
         self._facts: EngineFacts | None = None
         self._footprint: Footprint | None = None
         self._node_id = ""
@@ -82,6 +89,7 @@ class RayEngineHandle:
         Raises:
             EngineError: vLLM's reason, or ``engine.start_timeout_s`` passed.
         """
+        self._actor = await self.host.create()
         self._facts = await self._call(
             self._actor.start.remote(), "to start", self.spec.engine.start_timeout_s
         )
@@ -120,21 +128,14 @@ class RayEngineHandle:
 
     async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
         self._check_alive()
+        timeout_s = self.spec.engine.generate_timeout_s
+        purpose = f"for the next token of {request.request_id} (engine.generate_timeout_s)"
         stream = self._actor.generate_stream.options(num_returns="streaming").remote(request)
         while True:
             try:
-                reference = await asyncio.wait_for(
-                    stream.__anext__(), self.spec.engine.generate_timeout_s
-                )
+                reference = await self._call(stream.__anext__(), purpose, timeout_s)
             except StopAsyncIteration:
                 return
-            except TimeoutError as exc:
-                raise EngineError(
-                    f"engine {self.engine_id} sent no token of {request.request_id} for "
-                    f"{self.spec.engine.generate_timeout_s} s (engine.generate_timeout_s)"
-                ) from exc
-            except RayError as exc:
-                raise self._translate(exc) from exc
             yield await self._call(reference, "to stream", CONTROL_TIMEOUT_S)
 
     async def abort(self, request_id: str) -> None:
@@ -152,6 +153,7 @@ class RayEngineHandle:
             state=self.state,
             error=self.error,
             committed_version=self._committed_version,
+            node_id=self._node_id,
             uptime_s=time.monotonic() - self._created_s,
         )
 
@@ -228,7 +230,7 @@ class RayEngineHandle:
         return report
 
     def condemn(self, reason: str) -> None:
-        self._lifecycle.die(reason)
+        self._calls.die(reason)
 
     async def _or_die(self, reference: Awaitable[Any], purpose: str, timeout_s: float) -> Any:
         """A call of the commit window: nobody knows how far a failed one got, so that its engine
@@ -236,54 +238,39 @@ class RayEngineHandle:
         try:
             return await self._call(reference, purpose, timeout_s)
         except BaseException as exc:
-            self._lifecycle.die(f"it failed {purpose}: {exc}")
+            self._calls.die(f"it failed {purpose}: {exc}")
             if isinstance(exc, SlipstreamError):
                 raise WeightCommitError(exc.message) from exc
             raise
 
     async def stop(self, reason: str) -> None:
         """Shut vLLM down, then the actor, then remove whatever of them is still there."""
-        self._lifecycle.die(reason)
-        with contextlib.suppress(SlipstreamError):
-            latest: Footprint = await self._call(
-                self._actor.footprint.remote(), "to list its processes", FOOTPRINT_TIMEOUT_S
-            )
-            # What it had when it started counts too: a child that was killed is no longer seen.
-            self._footprint = merged(self._footprint, latest)
-        with contextlib.suppress(SlipstreamError):
-            await self._call(self._actor.shutdown.remote(), "to shut down", CONTROL_TIMEOUT_S)
-        ray.kill(self._actor, no_restart=True)
+        self._calls.die(reason)
+        if self._actor is not None:
+            await self._end_actor()
+        self.host.remove()
         if self._footprint is not None:
             await asyncio.to_thread(remove_footprint, self._footprint)
 
+    async def _end_actor(self) -> None:
+        # Behind the fence: what it answers now is for nobody else. One that does not even list its
+        # processes hangs, and would not shut down either.
+        with contextlib.suppress(RayError, TimeoutError):
+            latest: Footprint = await asyncio.wait_for(
+                _awaited(self._actor.footprint.remote()), FOOTPRINT_TIMEOUT_S
+            )
+            # What it had when it started counts too: a child that was killed is no longer seen.
+            self._footprint = merged(self._footprint, latest)
+            await asyncio.wait_for(_awaited(self._actor.shutdown.remote()), SHUTDOWN_TIMEOUT_S)
+
     def _check_alive(self) -> None:
-        if self.state is EngineState.DEAD:
-            raise EngineDeadError(f"engine {self.engine_id} is dead: {self.error}")
+        self._calls.check_alive()
 
     async def _control(self, reference: Awaitable[Any], purpose: str) -> Any:
         return await self._call(reference, purpose, CONTROL_TIMEOUT_S)
 
     async def _call(self, reference: Awaitable[Any], purpose: str, timeout_s: float) -> Any:
-        """Await an actor call, waiting at most ``timeout_s``."""
-        try:
-            return await asyncio.wait_for(_awaited(reference), timeout_s)
-        except TimeoutError as exc:
-            raise EngineError(
-                f"engine {self.engine_id} took longer than {timeout_s} s {purpose}"
-            ) from exc
-        except RayError as exc:
-            raise self._translate(exc) from exc
-
-    def _translate(self, exc: RayError) -> SlipstreamError:
-        """The one place where Ray's errors become ours."""
-        if isinstance(exc, RayTaskError) and isinstance(exc.cause, SlipstreamError):
-            if isinstance(exc.cause, EngineDeadError):
-                self._lifecycle.die(exc.cause.message)
-            return exc.cause
-        if isinstance(exc, RayActorError):
-            self._lifecycle.die(f"its process ended: {exc}")
-            return EngineDeadError(f"engine {self.engine_id} is gone: {exc}")
-        return EngineError(f"engine {self.engine_id} failed: {exc}")
+        return await self._calls.call(reference, purpose, timeout_s)
 
 
 def _node_of(_actor: Any) -> str:

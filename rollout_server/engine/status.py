@@ -19,6 +19,7 @@ def engine_status(
     state: EngineState,
     error: str | None,
     committed_version: int,
+    node_id: str,
     uptime_s: float,
 ) -> EngineStatus:
     """The wire record.
@@ -29,6 +30,8 @@ def engine_status(
     """
     return EngineStatus(
         engine_id=spec.engine_id,
+        pool=spec.pool,
+        node_id=node_id,
         state=state,
         error=error,
         pid=None if facts is None else facts.pid,

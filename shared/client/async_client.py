@@ -220,9 +220,13 @@ class AsyncRolloutClient:
         """Every engine with its state, load and versions."""
         return await self._run(calls.engines())
 
-    async def scale(self, count: int) -> EnginesResponse:
-        """Ask for ``count`` engines; they start and drain in the background."""
-        return await self._run(calls.scale(count))
+    async def scale(self, count: int, pool: str | None = None) -> EnginesResponse:
+        """Ask for ``count`` engines; they start and drain in the background.
+
+        Args:
+            pool: which of the server's pools; may be left out where there is one.
+        """
+        return await self._run(calls.scale(count, pool))
 
     async def version(self) -> VersionResponse:
         """Versions, the served model and the known rewards."""

@@ -209,9 +209,13 @@ class RolloutClient:
         """Every engine with its state, load and versions."""
         return self._run(calls.engines())
 
-    def scale(self, count: int) -> EnginesResponse:
-        """Ask for ``count`` engines; they start and drain in the background."""
-        return self._run(calls.scale(count))
+    def scale(self, count: int, pool: str | None = None) -> EnginesResponse:
+        """Ask for ``count`` engines; they start and drain in the background.
+
+        Args:
+            pool: which of the server's pools; may be left out where there is one.
+        """
+        return self._run(calls.scale(count, pool))
 
     def version(self) -> VersionResponse:
         """Versions, the served model and the known rewards."""

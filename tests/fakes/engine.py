@@ -40,6 +40,7 @@ class FakeEngine:
 
     engine_id: str
     state: EngineState = EngineState.SERVING
+    node_id: str = "node-0"
     committed_version: int = 0
     error: str | None = None
     delay_s: float = 0.0
@@ -114,6 +115,7 @@ class FakeEngine:
         self._raise_if_failing()
         return EngineStatus(
             engine_id=self.engine_id,
+            node_id=self.node_id,
             state=self.state,
             pid=1,
             cpu_cores=None,
