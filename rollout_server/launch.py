@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 import uvicorn
 
 from rollout_server.api.app import create_app
+from rollout_server.draining import StopSignals, StopWish, drain
 from rollout_server.engine.cluster import leave_cluster, start_or_join_cluster
 from rollout_server.engine.pool import RayEnginePool
 from rollout_server.model_info import read_model_info, resolve_device
@@ -79,16 +79,17 @@ READY_FILE_NAME = "server.json"
 
 async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
     """Serve until SIGINT or SIGTERM, those who have one of the keys (everybody if there are none).
+    SIGTERM drains first (``draining.py``).
 
     Once requests can be served, ``<run_dir>/server.json`` holds ``{"url", "ray_address", "pid"}``.
     """
     ready_file = config.run_dir / READY_FILE_NAME
-    stop = asyncio.Event()
-    _stop_on_signals(stop)
+    signals = StopSignals()
+    signals.listen()
     listener = _listen(config)
     try:
         async with contextlib.AsyncExitStack() as stack:
-            stopping = asyncio.create_task(stop.wait(), name="stop-signal")
+            stopping = asyncio.create_task(signals.wait(), name="stop-signal")
             starting = asyncio.create_task(stack.enter_async_context(running_service(config)))
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
@@ -118,6 +119,8 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
                 logger.warning("server.allow_unauthenticated: whoever reaches %s is served", url)
             _write_ready_file(ready_file, url, ray_address)
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if signals.wish is StopWish.DRAIN:
+                await drain(service, signals, config.server.drain_timeout_s)
             logger.info("stopping")
             ready_file.unlink(missing_ok=True)
             # Listeners stay as long as they are let: their streams must end before uvicorn waits.
@@ -127,12 +130,6 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
     finally:
         listener.close()
         ready_file.unlink(missing_ok=True)
-
-
-def _stop_on_signals(stop: asyncio.Event) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
 
 
 async def _serve_quietly(server: uvicorn.Server, listener: socket.socket) -> None:

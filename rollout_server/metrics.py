@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 
 from rollout_server.collaborators import Scorer
 from rollout_server.engine_metrics import engine_metrics
+from rollout_server.pool_metrics import pool_metrics
 from rollout_server.router.generation_facts import GenerationFacts
 from rollout_server.router.router import Router
 from rollout_server.router.strategy import READY_STATES
@@ -33,7 +34,8 @@ from rollout_server.speculation_metrics import speculation_metrics
 from rollout_server.weight_metrics import WeightMetrics
 from shared import metrics as names
 from shared.errors import error_codes
-from shared.schemas.engines import EngineStatus
+from shared.pool_types import ScalingReason, Sickness
+from shared.schemas.engines import EnginePoolStatus, EngineStatus
 from shared.schemas.rollouts import RolloutGroup
 from shared.schemas.speculation import EngineSpeculation, SpeculationPolicy
 from shared.types import RewardStatus
@@ -51,6 +53,10 @@ class MetricSources:
     scorer: Scorer
     committed_version: Callable[[], int]
     target_count: Callable[[], int]
+    is_draining: Callable[[], bool]
+    pools: Callable[[], Sequence[EnginePoolStatus]]
+    num_sick: Callable[[], Mapping[Sickness, int]]
+    num_scaled: Callable[[], Mapping[ScalingReason, int]]
     statuses: Callable[[], Sequence[EngineStatus]]
     status_ages_s: Callable[[], Mapping[str, float]]
     vllm_metrics_ages_s: Callable[[], Mapping[str, float]]
@@ -204,6 +210,7 @@ class _SourcesCollector(Collector):
             (names.COMMITTED_VERSION, "Committed weights.", sources.committed_version()),
             (names.READY_ENGINES, "Engines that take requests.", num_ready),
             (names.TARGET_ENGINES, "Engines asked for.", sources.target_count()),
+            (names.DRAINING, "1 while it refuses new requests.", sources.is_draining()),
         ):
             yield GaugeMetricFamily(name, text, value=value)
         num_restarts = sources.scorer.num_worker_restarts
@@ -218,6 +225,7 @@ class _SourcesCollector(Collector):
         ):
             yield CounterMetricFamily(name, text, value=value)
         yield from engine_metrics(statuses, sources.status_ages_s(), sources.vllm_metrics_ages_s())
+        yield from pool_metrics(sources.pools(), statuses, sources.num_sick(), sources.num_scaled())
         yield from speculation_metrics(sources.speculation(), sources.policy_of)
 
 

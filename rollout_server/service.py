@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from functools import partial
 
+from rollout_server.autoscaling.autoscaler import Autoscaler
 from rollout_server.collaborators import Coordinator, Scorer, Tokenizer
 from rollout_server.completions.runner import CompletionRunner
 from rollout_server.dashboard.feed import DashboardFeed, FeedSources
 from rollout_server.engine.protocol import EnginePool, ModelInfo
 from rollout_server.engine_scrape import EngineScraper
 from rollout_server.generation_control import GenerationControl
+from rollout_server.health import HealthLimits
+from rollout_server.health_watch import HealthWatch
 from rollout_server.live_speculation import LiveSpeculation
 from rollout_server.metrics import MetricSources, ServiceMetrics
 from rollout_server.rollouts.execution import ExecutionParts
@@ -27,6 +30,7 @@ from rollout_server.tokenizer import completion_text
 from rollout_server.weight_metrics import ObservedPushes
 from shared.config.run import RunConfig
 from shared.errors import UnavailableError
+from shared.pool_types import RestartState
 from shared.schemas.engines import EnginesResponse
 from shared.schemas.operations import ReadyzResponse
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest
@@ -71,10 +75,11 @@ class RolloutService:
             config.speculation,
             kv_capacity_tokens=lambda engine_id: self.status_poller.kv_capacity_tokens(engine_id),
         )
+        room_per_engine = server.dispatch_depth * config.engine.max_num_seqs
         self.router = Router(
             pool,
             max_pending_samples=server.limits.max_pending_samples,
-            max_samples_per_engine=server.dispatch_depth * config.engine.max_num_seqs,
+            max_samples_per_engine=room_per_engine,
             engine_wait_timeout_s=server.engine_wait_timeout_s,
             max_attempts=server.max_generate_attempts,
             may_continue=server.dead_engine_policy is DeadEnginePolicy.CONTINUE,
@@ -83,15 +88,25 @@ class RolloutService:
             kv_cache_usage=lambda engine_id: self.status_poller.kv_cache_usage(engine_id),
             on_generated=lambda facts: self.metrics.observe_generation(facts),
         )
+        self.health = HealthWatch(HealthLimits.of(config.engine))
         self.status_poller = StatusPoller(
             pool,
             interval_s=server.status_poll_s,
+            timeout_s=config.engine.status_timeout_s,
+            health=self.health,
             num_reserved=self.router.num_reserved,
             on_tick=self._on_tick,
             wanted_since_step=lambda engine_id: self.dashboard.wanted_since_step(engine_id),
             on_speculation=lambda report: self.dashboard.observe_speculation(report),
         )
         self.generation = GenerationControl(pool)
+        self.autoscaler = Autoscaler(
+            config.engine,
+            pool,
+            room_per_engine=room_per_engine,
+            statuses=self.status_poller.statuses,
+            num_queued_samples=lambda: self.router.num_queued_samples,
+        )
         self._scraper = EngineScraper(pool, timeout_s=server.engine_metrics_timeout_s)
         self.metrics = ServiceMetrics(
             MetricSources(
@@ -100,6 +115,10 @@ class RolloutService:
                 scorer=scoring,
                 committed_version=lambda: coordinator.committed_version,
                 target_count=lambda: pool.target_count,
+                is_draining=lambda: self.router.accounts.refusal is not None,
+                pools=pool.pools,
+                num_sick=lambda: self.health.num_sick,
+                num_scaled=lambda: self.autoscaler.num_changes,
                 statuses=self.status_poller.statuses,
                 status_ages_s=self.status_poller.ages_s,
                 vllm_metrics_ages_s=self._scraper.ages_s,
@@ -176,15 +195,16 @@ class RolloutService:
             target_count=self._pool.target_count,
             engines=self.status_poller.statuses(),
             pause_mode=self.generation.pause_mode,
+            pools=list(self._pool.pools()),
         )
 
-    async def scale(self, count: int) -> EnginesResponse:
-        """Ask for ``count`` engines; they start and drain in the background.
+    async def scale(self, count: int, pool: str | None = None) -> EnginesResponse:
+        """Ask for ``count`` engines of a pool; they start and drain in the background.
 
         Raises:
-            InvalidRequestError: above ``engine.max_count``.
+            InvalidRequestError: no such pool, or above its ``max_count``.
         """
-        await self._pool.scale(count)
+        await self._pool.scale(count, pool)
         self.router.wake()
         return self.engines()
 
@@ -242,19 +262,28 @@ class RolloutService:
         """How many engines take requests.
 
         Raises:
-            UnavailableError: none does.
+            UnavailableError: none does, or the server is draining.
         """
+        if self.router.accounts.refusal is not None:
+            raise UnavailableError(self.router.accounts.refusal)
+        quarantined = [
+            pool.name
+            for pool in self._pool.pools()
+            if pool.restart_state is RestartState.QUARANTINED
+        ]
         engines = self._pool.engines()
         num_ready = sum(engine.state in READY_STATES for engine in engines)
         if num_ready == 0:
             states = ", ".join(f"{engine.engine_id} {engine.state.value}" for engine in engines)
             raise UnavailableError(
-                f"0 of {self._pool.target_count} engines are ready (engines: {states or 'none'})"
+                f"0 of {self._pool.target_count} engines are ready (engines: {states or 'none'}; "
+                f"quarantined pools: {', '.join(quarantined) or 'none'})"
             )
         return ReadyzResponse(
             num_ready_engines=num_ready,
             num_engines=len(engines),
             target_count=self._pool.target_count,
+            quarantined_pools=quarantined,
         )
 
     def _on_group(self, group: RolloutGroup, request: RolloutRequest) -> None:
@@ -263,4 +292,5 @@ class RolloutService:
 
     def _on_tick(self) -> None:
         self.rollouts.sweep()
+        self.autoscaler.tick()
         self.router.wake()

@@ -9,6 +9,7 @@ from contextlib import suppress
 from time import monotonic
 
 from rollout_server.engine.protocol import EngineHandle, EnginePool
+from rollout_server.health_watch import HealthWatch
 from shared.errors import EngineDeadError, EngineError
 from shared.schemas.engines import EngineStatus
 from shared.schemas.speculation import EngineSpeculation
@@ -31,6 +32,8 @@ class StatusPoller:
         pool: EnginePool,
         *,
         interval_s: float,
+        timeout_s: float,
+        health: HealthWatch,
         num_reserved: Callable[[str], int],
         on_tick: Callable[[], None],
         wanted_since_step: Callable[[str], int] = lambda engine_id: NO_HISTORY_STEP,
@@ -38,6 +41,8 @@ class StatusPoller:
     ) -> None:
         """
         Args:
+            timeout_s: ``engine.status_timeout_s``, of each question.
+            health: told of every answer, and of every failure to answer in time.
             wanted_since_step: by engine id: reports carry decisions after this step.
             on_speculation: told of every report.
         """
@@ -47,6 +52,8 @@ class StatusPoller:
         self._on_tick = on_tick
         self._wanted_since_step = wanted_since_step
         self._on_speculation = on_speculation
+        self._timeout_s = timeout_s
+        self._health = health
         self._statuses: dict[str, EngineStatus] = {}
         self._speculation: dict[str, EngineSpeculation] = {}
         self._answered_s: dict[str, float] = {}
@@ -102,6 +109,7 @@ class StatusPoller:
     async def _run(self) -> None:
         while True:
             engines = {engine.engine_id: engine for engine in self._pool.engines()}
+            self._health.forget_others(list(engines.values()))
             for cache in (self._statuses, self._speculation, self._answered_s, self._errors):
                 for engine_id in cache.keys() - engines.keys():
                     del cache[engine_id]
@@ -117,17 +125,34 @@ class StatusPoller:
     async def _poll(self, engine: EngineHandle) -> None:
         engine_id = engine.engine_id
         try:
-            self._statuses[engine_id] = await engine.status()
-            report = await engine.speculation(self._wanted_since_step(engine_id))
+            self._statuses[engine_id] = await self._ask_for_status(engine)
+            async with asyncio.timeout(self._timeout_s):
+                report = await engine.speculation(self._wanted_since_step(engine_id))
             self._on_speculation(report)
             self._speculation[engine_id] = report.model_copy(update={"history": []})
             self._answered_s[engine_id] = monotonic()
             self._errors.pop(engine_id, None)
         except EngineDeadError as exc:
             self._errors[engine_id] = exc.message
+        except TimeoutError:
+            LOGGER.warning(
+                "engine %s did not answer within %g s (engine.status_timeout_s)",
+                engine_id,
+                self._timeout_s,
+            )
         except EngineError as exc:
             # Slow or busy; the last figures stand until it answers again.
             LOGGER.warning("status of engine %s failed: %s", engine_id, exc.message)
+
+    async def _ask_for_status(self, engine: EngineHandle) -> EngineStatus:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                status = await engine.status()
+        except TimeoutError:
+            self._health.timed_out(engine)
+            raise
+        self._health.answered(engine, status)
+        return status
 
     def _status_of(self, engine: EngineHandle) -> EngineStatus:
         engine_id = engine.engine_id
@@ -138,6 +163,7 @@ class StatusPoller:
                 "state": engine.state if error is None else EngineState.DEAD,
                 "error": error or last.error,
                 "num_reserved": self._num_reserved(engine_id),
+                "health": self._health.health(engine_id),
             }
         )
 
@@ -146,6 +172,7 @@ def _unknown_status(engine: EngineHandle) -> EngineStatus:
     """Of an engine that has not answered yet (it starts): zeros."""
     return EngineStatus(
         engine_id=engine.engine_id,
+        node_id=engine.node_id,
         state=engine.state,
         pid=None,
         cpu_cores=None,

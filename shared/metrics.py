@@ -88,6 +88,24 @@ AUDIT_MISMATCHES: Final = PREFIX + "weight_audit_mismatched_engines_total"
 
 READY_ENGINES: Final = PREFIX + "ready_engines"
 TARGET_ENGINES: Final = PREFIX + "target_engines"
+POOL_LABELS: Final = ("pool",)
+POOL_TARGET: Final = PREFIX + "pool_target_engines"
+POOL_SERVING: Final = PREFIX + "pool_serving_engines"
+POOL_QUARANTINED: Final = PREFIX + "pool_quarantined"
+"""1 while the pool replaces no engine, because it lost more than ``engine.restart_budget``."""
+POOL_LOSSES: Final = PREFIX + "pool_engine_losses_total"
+"""Engines that did not start, died or were given up."""
+ENGINES_GIVEN_UP: Final = PREFIX + "engines_given_up_total"
+ENGINES_GIVEN_UP_LABELS: Final = ("reason",)
+"""``no_progress`` or ``no_status``."""
+AUTOSCALING_CHANGES: Final = PREFIX + "autoscaling_changes_total"
+AUTOSCALING_LABELS: Final = ("reason",)
+"""``shared.pool_types.ScalingReason``; those that change nothing stay at 0."""
+DRAINING: Final = PREFIX + "draining"
+"""1 once the server has got SIGTERM and refuses new requests."""
+ENGINE_HEALTH: Final = PREFIX + "engine_health"
+ENGINE_HEALTH_LABELS: Final = ("engine", "health")
+"""1 for the health the engine has, 0 for the others."""
 ENGINE_LABELS: Final = ("engine",)
 ENGINE_STATE: Final = PREFIX + "engine_state"
 ENGINE_STATE_LABELS: Final = ("engine", "state")

@@ -76,9 +76,12 @@ async def get_engines(service: Service) -> Response:
     openapi_extra=body_of(ScaleRequest),
 )
 async def put_engines(request: Request, service: Service) -> Response:
-    """Set how many engines there are; answers at once, the change goes on in the background."""
+    """Set how many engines there are; answers at once, the change goes on in the background.
+
+    With several pools the body names one. A pool in quarantine replaces its engines again.
+    """
     body = await read_body(request, ScaleRequest)
-    return json_response(await service.scale(body.count))
+    return json_response(await service.scale(body.count, body.pool))
 
 
 @router.post(

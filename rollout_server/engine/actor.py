@@ -11,13 +11,13 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rollout_server.engine.arguments import EngineSpec, vllm_arguments
 from rollout_server.engine.calibration_key import calibration_key
 from rollout_server.engine.calibration_run import calibrate_itself
+from rollout_server.engine.facts import EngineFacts
 from rollout_server.engine.footprint import Footprint, own_footprint
 from rollout_server.engine.outputs import (
     generate_timings,
@@ -50,21 +50,6 @@ LOGGER = logging.getLogger(__name__)
 WARM_UP_TOKENS = 8
 SELF_CALIBRATED = "self"
 """Name that reports give to a cost model the engine measured when it started."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineFacts:
-    """What is known of an engine once it has started."""
-
-    pid: int
-    num_kv_blocks: int
-    block_size: int
-    max_model_len: int
-    vocab_size: int
-    start_up_s: float
-    drafter_scheme: DrafterScheme
-    """After ``auto`` is resolved on the engine's device; ``none`` without a drafter."""
-    drafter_bytes: int
 
 
 class EngineActor:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rollout_server.engine.vllm_plugin.settings import PluginSettings, to_additional_config
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
+from shared.config.pools import DEFAULT_POOL
 from shared.config.speculation import SpeculationConfig
 
 MIB = 1024 * 1024
@@ -35,6 +36,7 @@ class EngineSpec:
     speculation: SpeculationConfig
     device: str
     """``cpu`` or ``cuda``, after ``auto`` is resolved."""
+    pool: str = DEFAULT_POOL
 
     @property
     def cpu_cores(self) -> str | None:
@@ -72,6 +74,10 @@ def vllm_arguments(spec: EngineSpec) -> dict[str, Any]:
     if engine.block_size is not None:
         arguments["block_size"] = engine.block_size
     arguments.update(_kv_cache_arguments(spec))
+    if engine.tensor_parallel_size > 1:
+        # Inside a placement group vLLM would place its ranks with Ray, where no GPU is left for
+        # them: the engine actor has them all.
+        arguments.setdefault("distributed_executor_backend", "mp")
     if spec.drafter.enabled:
         length = spec.speculation.reserved_speculative_tokens
         arguments["speculative_config"] = {

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import secrets
 import signal
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from rollout_server.engine.actor import EngineActor
 from rollout_server.engine.arguments import EngineSpec, engine_environment
+from rollout_server.engine.placement import (
+    EngineNeeds,
+    NodeView,
+    PlacedEngine,
+    choose_node,
+    engine_needs,
+)
 from shared.config.server import RayConfig
-from shared.errors import UnavailableError
+from shared.errors import ConfigurationError, EngineError, UnavailableError
 
 MIB = 1024 * 1024
 FREE_OBJECTS_AT_ONCE = ("RAY_free_objects_period_milliseconds", "0")
@@ -66,18 +82,139 @@ def leave_cluster() -> None:
     ray.shutdown()
 
 
-def create_engine_actor(spec: EngineSpec) -> Any:
-    """Place one engine. Returns the Ray actor handle; the actor has not started vLLM yet."""
-    num_gpus = spec.engine.tensor_parallel_size if spec.device == "cuda" else 0
-    return (
-        ray.remote(EngineActor)
-        .options(
-            name=spec.engine_id,
-            num_cpus=spec.engine.num_cpus,
-            num_gpus=num_gpus,
-            max_concurrency=MAX_CONCURRENT_CALLS,
-            max_restarts=0,  # a replacement is a new engine with a new id
-            runtime_env={"env_vars": engine_environment(spec)},
+def new_actor_prefix(run_name: str) -> str:
+    """What the names of a server's actors begin with. Names are unique on a cluster, and two
+    servers may have runs of one name."""
+    return f"{run_name}-{secrets.token_hex(4)}"
+
+
+class RayEngineHost:
+    """The actor of one engine, and the placement group it has for itself if it reserves anything.
+
+    Args:
+        actor_name: unique on the cluster; what Ray's own tools show.
+        placed: the server's engines that have a node already.
+    """
+
+    def __init__(
+        self, spec: EngineSpec, actor_name: str, placed: Callable[[], Sequence[PlacedEngine]]
+    ) -> None:
+        self._spec = spec
+        self._needs = engine_needs(spec)
+        self._actor_name = actor_name
+        self._placed = placed
+        self._chosen_node_id: str | None = None
+        self._group: PlacementGroup | None = None
+        self._actor: Any = None
+        self.is_removed = False
+
+    @property
+    def place(self) -> PlacedEngine | None:
+        """Where it goes; None while nothing is chosen."""
+        if self._chosen_node_id is None or self.is_removed:
+            return None
+        return PlacedEngine(
+            pool=self._spec.pool,
+            node_id=self._chosen_node_id,
+            resources=self._needs.resources,
         )
-        .remote(spec)
+
+    async def create(self) -> Any:
+        """Wait for room, then create the actor, which has not started vLLM yet.
+
+        Raises:
+            ConfigurationError: Ray refuses a label or a resource.
+            EngineError: no node had room within ``engine.placement_timeout_s``.
+        """
+        nodes = await asyncio.to_thread(ray.nodes)
+        own_node_id = ray.get_runtime_context().get_node_id()
+        # No await from the choice to its record: engines that start together see one another.
+        views = [_node_view(node) for node in nodes]
+        self._chosen_node_id = choose_node(
+            views, self._needs, self._spec.pool, self._placed(), own_node_id
+        )
+        try:
+            if self._needs.resources:
+                self._group = placement_group(
+                    [self._needs.resources],
+                    strategy="STRICT_PACK",
+                    name=self._actor_name,
+                    _soft_target_node_id=self._chosen_node_id,
+                    bundle_label_selector=[self._needs.labels] if self._needs.labels else None,
+                )
+                await self._wait_for_room(self._group)
+            self._actor = (
+                ray.remote(EngineActor)
+                .options(
+                    name=self._actor_name,
+                    max_concurrency=MAX_CONCURRENT_CALLS,
+                    max_restarts=0,  # a replacement is a new engine with a new id
+                    runtime_env={"env_vars": engine_environment(self._spec)},
+                    **_actor_resources(self._needs, self._group, self._chosen_node_id),
+                )
+                .remote(self._spec)
+            )
+        except ValueError as exc:
+            raise ConfigurationError(
+                f"Ray cannot place engines of pool {self._spec.pool} ({self._needs.describe()}): "
+                f"{exc}",
+                param="engine.placement",
+            ) from exc
+        return self._actor
+
+    def remove(self) -> None:
+        """Kill the actor and give back what it reserved. Idempotent."""
+        self.is_removed = True
+        actor, self._actor = self._actor, None
+        group, self._group = self._group, None
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+        if group is not None:
+            remove_placement_group(group)
+
+    async def _wait_for_room(self, group: PlacementGroup) -> None:
+        timeout_s = self._spec.engine.placement_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await _awaited(group.ready())
+        except TimeoutError as exc:
+            raise EngineError(
+                f"no node of the Ray cluster had room for engine {self._spec.engine_id} "
+                f"({self._needs.describe()}) within {timeout_s:g} s (engine.placement_timeout_s)"
+            ) from exc
+        except RayError as exc:
+            raise EngineError(f"engine {self._spec.engine_id} was not placed: {exc}") from exc
+
+
+def _actor_resources(
+    needs: EngineNeeds, group: PlacementGroup | None, node_id: str | None
+) -> dict[str, Any]:
+    if group is not None:
+        resources = dict(needs.resources)
+        return {
+            "num_cpus": resources.pop("CPU", 0.0),
+            "num_gpus": resources.pop("GPU", 0.0),
+            "resources": resources,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=0
+            ),
+        }
+    if node_id is not None:
+        # Not soft: Ray 2.60 then often takes another node although this one lives.
+        strategy = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+        return {"num_cpus": 0, "scheduling_strategy": strategy}
+    # No such node yet: the actor waits for one.
+    return {"num_cpus": 0, "label_selector": needs.labels}
+
+
+def _node_view(node: dict[str, Any]) -> NodeView:
+    return NodeView(
+        node_id=node["NodeID"],
+        is_alive=node["Alive"],
+        resources=node["Resources"],
+        labels=node.get("Labels") or {},
     )
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference

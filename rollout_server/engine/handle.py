@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from rollout_server.engine.actor import EngineFacts
+from rollout_server.engine.actor_calls import ActorCalls, end_actor
 from rollout_server.engine.arguments import EngineSpec
-from rollout_server.engine.footprint import Footprint, merged, remove_footprint
-from rollout_server.engine.lifecycle import EngineLifecycle
+from rollout_server.engine.cluster import RayEngineHost
+from rollout_server.engine.facts import EngineFacts
+from rollout_server.engine.footprint import Footprint, remove_footprint
+from rollout_server.engine.operator_pause import OperatorPause
 from rollout_server.engine.protocol import (
     GenerateDelta,
     GenerateRequest,
@@ -25,7 +25,7 @@ from rollout_server.engine.protocol import (
 from rollout_server.engine.status import engine_status
 from rollout_server.engine.vllm_metrics import MetricText
 from shared.config.weights import WeightsConfig
-from shared.errors import EngineDeadError, EngineError, SlipstreamError, WeightCommitError
+from shared.errors import SlipstreamError, WeightCommitError
 from shared.schemas.engines import EngineStatus
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
@@ -33,23 +33,28 @@ from shared.types import EngineState, PauseMode
 
 CONTROL_TIMEOUT_S = 30.0
 """For calls that only read or set something between two engine steps."""
-FOOTPRINT_TIMEOUT_S = 5.0
-SYNC_POLL_S = 0.02
 
 
 class RayEngineHandle:
-    """One engine. Implements ``engine.protocol.EngineHandle``."""
+    """One engine. Implements ``engine.protocol.EngineHandle``.
 
-    def __init__(self, spec: EngineSpec, actor: Any, weights: WeightsConfig) -> None:
+    From the moment its state is DEAD every call raises ``EngineDeadError``, also those that wait.
+    """
+
+    def __init__(self, spec: EngineSpec, host: RayEngineHost, weights: WeightsConfig) -> None:
         self.spec = spec
-        self._actor = actor
+        self.host = host
+        self._actor: Any = None
+        self._calls = ActorCalls(spec.engine_id)
+        self._lifecycle = self._calls.lifecycle
         self._weights = weights
-        self._lifecycle = EngineLifecycle()
         self._facts: EngineFacts | None = None
         self._footprint: Footprint | None = None
         self._node_id = ""
         self._committed_version = 0
-        self._serve_as = EngineState.SERVING
+        self._pause = OperatorPause(
+            spec.engine_id, self._lifecycle, weights.pause_timeout_s + weights.commit_timeout_s
+        )
         self._state_before_sync = EngineState.SERVING
         self._stage_s: dict[int, float] = {}
         self._created_s = time.monotonic()
@@ -90,6 +95,7 @@ class RayEngineHandle:
         Raises:
             EngineError: vLLM's reason, or ``engine.start_timeout_s`` passed.
         """
+        self._actor = await self.host.create()
         self._facts = await self._call(
             self._actor.start.remote(), "to start", self.spec.engine.start_timeout_s
         )
@@ -104,7 +110,7 @@ class RayEngineHandle:
 
     def serve(self) -> None:
         """STARTING -> SERVING (PAUSED where generation is): warmed up, on the committed version."""
-        self._lifecycle.move(self._serve_as)
+        self._lifecycle.move(self._pause.serve_as)
 
     def begin_drain(self) -> None:
         """No new requests from here on."""
@@ -128,21 +134,14 @@ class RayEngineHandle:
 
     async def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]:
         self._check_alive()
+        timeout_s = self.spec.engine.generate_timeout_s
+        purpose = f"for the next token of {request.request_id} (engine.generate_timeout_s)"
         stream = self._actor.generate_stream.options(num_returns="streaming").remote(request)
         while True:
             try:
-                reference = await asyncio.wait_for(
-                    stream.__anext__(), self.spec.engine.generate_timeout_s
-                )
+                reference = await self._call(stream.__anext__(), purpose, timeout_s)
             except StopAsyncIteration:
                 return
-            except TimeoutError as exc:
-                raise EngineError(
-                    f"engine {self.engine_id} sent no token of {request.request_id} for "
-                    f"{self.spec.engine.generate_timeout_s} s (engine.generate_timeout_s)"
-                ) from exc
-            except RayError as exc:
-                raise self._translate(exc) from exc
             yield await self._call(reference, "to stream", CONTROL_TIMEOUT_S)
 
     async def abort(self, request_id: str) -> None:
@@ -166,6 +165,7 @@ class RayEngineHandle:
             state=self.state,
             error=self.error,
             committed_version=self._committed_version,
+            node_id=self._node_id,
             uptime_s=time.monotonic() - self._created_s,
         )
 
@@ -235,40 +235,16 @@ class RayEngineHandle:
         return timings.model_copy(update={"stage_s": stage_s})
 
     async def pause_generation(self, mode: PauseMode) -> None:
-        await self._end_of_sync("to pause it")
-        if self.state is EngineState.STARTING:
-            self._serve_as = EngineState.PAUSED
-        elif self.state is EngineState.SERVING:
-            self._lifecycle.move(EngineState.PAUSED)
+        await self._pause.change(EngineState.PAUSED)
         timeout_s, setting = CONTROL_TIMEOUT_S, ""
         if mode is PauseMode.WAIT:
             timeout_s, setting = self.spec.engine.generate_timeout_s, " (engine.generate_timeout_s)"
-        await self._call(
-            self._actor.pause_generation.remote(mode),
-            f"to pause, mode {mode.value}{setting}",
-            timeout_s,
-        )
+        call = self._actor.pause_generation.remote(mode)
+        await self._call(call, f"to pause, mode {mode.value}{setting}", timeout_s)
 
     async def resume_generation(self) -> None:
-        await self._end_of_sync("to resume it")
-        if self.state is EngineState.STARTING:
-            self._serve_as = EngineState.SERVING
-        elif self.state is EngineState.PAUSED:
-            self._lifecycle.move(EngineState.SERVING)
+        await self._pause.change(EngineState.SERVING)
         await self._control(self._actor.resume_generation.remote(), "to resume generation")
-
-    async def _end_of_sync(self, purpose: str) -> None:
-        """A push leaves an engine as it found it, so that a pause must not come in between."""
-        timeout_s = self._weights.pause_timeout_s + self._weights.commit_timeout_s
-        deadline_s = time.monotonic() + timeout_s
-        while self.state is EngineState.SYNCING:
-            if time.monotonic() > deadline_s:
-                raise EngineError(
-                    f"waited {timeout_s:g} s (weights.pause_timeout_s + commit_timeout_s) for the "
-                    f"push on engine {self.engine_id} to end, {purpose}"
-                )
-            await asyncio.sleep(SYNC_POLL_S)
-        self._check_alive()
 
     async def audit(self, path: str) -> EngineAudit:
         self._check_alive()
@@ -280,7 +256,7 @@ class RayEngineHandle:
         return report
 
     def condemn(self, reason: str) -> None:
-        self._lifecycle.die(reason)
+        self._calls.die(reason)
 
     async def _or_die(self, reference: Awaitable[Any], purpose: str, timeout_s: float) -> Any:
         """A call of the commit window: nobody knows how far a failed one got, so that its engine
@@ -288,60 +264,30 @@ class RayEngineHandle:
         try:
             return await self._call(reference, purpose, timeout_s)
         except BaseException as exc:
-            self._lifecycle.die(f"it failed {purpose}: {exc}")
+            self._calls.die(f"it failed {purpose}: {exc}")
             if isinstance(exc, SlipstreamError):
                 raise WeightCommitError(exc.message) from exc
             raise
 
     async def stop(self, reason: str) -> None:
         """Shut vLLM down, then the actor, then remove whatever of them is still there."""
-        self._lifecycle.die(reason)
-        with contextlib.suppress(SlipstreamError):
-            latest: Footprint = await self._call(
-                self._actor.footprint.remote(), "to list its processes", FOOTPRINT_TIMEOUT_S
-            )
-            # What it had when it started counts too: a child that was killed is no longer seen.
-            self._footprint = merged(self._footprint, latest)
-        with contextlib.suppress(SlipstreamError):
-            await self._call(self._actor.shutdown.remote(), "to shut down", CONTROL_TIMEOUT_S)
-        ray.kill(self._actor, no_restart=True)
+        self._calls.die(reason)
+        if self._actor is not None:
+            self._footprint = await end_actor(self._actor, self._footprint)
+        self.host.remove()
         if self._footprint is not None:
             await asyncio.to_thread(remove_footprint, self._footprint)
 
     def _check_alive(self) -> None:
-        if self.state is EngineState.DEAD:
-            raise EngineDeadError(f"engine {self.engine_id} is dead: {self.error}")
+        self._calls.check_alive()
 
     async def _control(self, reference: Awaitable[Any], purpose: str) -> Any:
         return await self._call(reference, purpose, CONTROL_TIMEOUT_S)
 
     async def _call(self, reference: Awaitable[Any], purpose: str, timeout_s: float) -> Any:
-        """Await an actor call, waiting at most ``timeout_s``."""
-        try:
-            return await asyncio.wait_for(_awaited(reference), timeout_s)
-        except TimeoutError as exc:
-            raise EngineError(
-                f"engine {self.engine_id} took longer than {timeout_s} s {purpose}"
-            ) from exc
-        except RayError as exc:
-            raise self._translate(exc) from exc
-
-    def _translate(self, exc: RayError) -> SlipstreamError:
-        """The one place where Ray's errors become ours."""
-        if isinstance(exc, RayTaskError) and isinstance(exc.cause, SlipstreamError):
-            if isinstance(exc.cause, EngineDeadError):
-                self._lifecycle.die(exc.cause.message)
-            return exc.cause
-        if isinstance(exc, RayActorError):
-            self._lifecycle.die(f"its process ended: {exc}")
-            return EngineDeadError(f"engine {self.engine_id} is gone: {exc}")
-        return EngineError(f"engine {self.engine_id} failed: {exc}")
+        return await self._calls.call(reference, purpose, timeout_s)
 
 
 def _node_of(_actor: Any) -> str:
     """Runs inside the actor."""
     return str(ray.get_runtime_context().get_node_id())
-
-
-async def _awaited(reference: Awaitable[Any]) -> Any:
-    return await reference

@@ -1,7 +1,7 @@
 """Keeps as many engines running as were asked for: starts, drains, replaces.
 
-One reconcile loop compares what is with what should be; everything else only changes the target
-count or an engine's state and wakes it.
+One reconcile loop compares what is with what should be (``pool_plan``); everything else only
+changes a target count or an engine's state and wakes it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from rollout_server.engine.arguments import EngineSpec
-from rollout_server.engine.cluster import create_engine_actor
 from rollout_server.engine.footprint_store import FootprintStore
-from rollout_server.engine.handle import RayEngineHandle
+from rollout_server.engine.pool_plan import DRAINABLE_STATES, Member, plan
+from rollout_server.engine.pool_record import PoolRecord
+from rollout_server.engine.pooled_engine import CreateEngine, PooledEngine, find_engine
 from rollout_server.engine.protocol import EngineHandle, ModelInfo
+from rollout_server.engine.ray_engines import RayEngines
 from shared.config.run import RunConfig
 from shared.errors import (
     ConflictError,
@@ -24,8 +27,8 @@ from shared.errors import (
     EngineError,
     InvalidRequestError,
     SlipstreamError,
-    UnknownResourceError,
 )
+from shared.schemas.engines import EnginePoolStatus
 from shared.types import EngineState
 
 logger = logging.getLogger(__name__)
@@ -33,41 +36,48 @@ logger = logging.getLogger(__name__)
 RECONCILE_INTERVAL_S = 0.5
 DRAIN_POLL_S = 0.1
 FOOTPRINTS_DIRECTORY = "engines"
-MAX_START_FAILURES = 3
-"""Failed starts in a row after which the pool gives up, so that a broken model does not loop."""
-BACKOFF_S = 2.0
 
-LIVE_STATES = frozenset(
-    {EngineState.STARTING, EngineState.SERVING, EngineState.PAUSED, EngineState.SYNCING}
-)
-DRAINABLE_STATES = frozenset({EngineState.SERVING, EngineState.PAUSED})
-"""A start or a commit is left to finish first."""
 Preparation = Callable[[EngineHandle], Awaitable[None]]
 
 
 class RayEnginePool:
-    """Implements ``engine.protocol.EnginePool``.
+    """Implements ``engine.protocol.EnginePool``, over all pools of the configuration.
 
     Args:
         config: the run's configuration.
         model: facts of the served model.
         device: ``cpu`` or ``cuda``.
+        create_engine: makes handles; Ray actors when absent.
     """
 
-    def __init__(self, config: RunConfig, model: ModelInfo, device: str) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ModelInfo,
+        device: str,
+        create_engine: CreateEngine | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config = config
         self._model = model
         self._device = device
-        self._handles: list[RayEngineHandle] = []
-        self._target_count = config.engine.count
+        self._create_engine: CreateEngine = create_engine or RayEngines(config.name, config.weights)
+        self._clock = clock
+        engine = config.engine
+        self._pools = {
+            pool.name: PoolRecord(pool, engine.of_pool(pool)) for pool in engine.all_pools
+        }
+        self._handles: list[PooledEngine] = []
+        self._leaving: set[str] = set()
+        """Engines that are drained; nobody replaces them."""
+        self._ending: set[PooledEngine] = set()
+        """Engines that are being stopped: no longer ours to use, still ours to get rid of."""
         self._footprints = FootprintStore(config.run_dir / FOOTPRINTS_DIRECTORY)
         self._prepare: list[Preparation] = []
-        self._indices = itertools.count()
+        self._ids = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._reconciler: asyncio.Task[None] | None = None
-        self._start_failures = 0
-        self._last_start_error: str | None = None
 
     @property
     def model(self) -> ModelInfo:
@@ -75,7 +85,7 @@ class RayEnginePool:
 
     @property
     def target_count(self) -> int:
-        return self._target_count
+        return sum(pool.target_count for pool in self._pools.values())
 
     @property
     def max_num_speculative_tokens(self) -> int:
@@ -84,6 +94,10 @@ class RayEnginePool:
 
     def engines(self) -> Sequence[EngineHandle]:
         return [handle for handle in self._handles if handle.state is not EngineState.DEAD]
+
+    def pools(self) -> Sequence[EnginePoolStatus]:
+        members, now_s = self._members(), self._clock()
+        return [pool.status(members, now_s) for pool in self._pools.values()]
 
     def before_serving(self, preparation: Preparation) -> None:
         """Register what every engine needs before its first request (weights, policy)."""
@@ -97,26 +111,26 @@ class RayEnginePool:
         """
         await asyncio.to_thread(self._footprints.clean_up)
         self._reconciler = asyncio.create_task(self._reconcile_forever(), name="engine-pool")
-        while sum(h.state is EngineState.SERVING for h in self._handles) < self._target_count:
-            if self._start_failures:
-                error = self._last_start_error
+        while sum(h.state is EngineState.SERVING for h in self._handles) < self.target_count:
+            reasons = [pool.restarts.last_reason for pool in self._pools.values()]
+            error = next((reason for reason in reasons if reason is not None), None)
+            if error is not None:
                 await self.close()
                 raise EngineError(f"no engine could start: {error}")
             await asyncio.sleep(DRAIN_POLL_S)
 
-    async def scale(self, count: int) -> None:
-        limit = self._config.engine.max_count
-        if count > limit:
-            raise InvalidRequestError(
-                f"count {count} is above engine.max_count {limit}", param="count"
-            )
-        logger.info("scaling engines from %d to %d", self._target_count, count)
-        self._target_count = count
-        self._start_failures = 0
+    async def scale(self, count: int, pool: str | None = None) -> None:
+        record = self._named(pool)
+        record.ask_for(count)
+        record.clear()
+        self._wake.set()
+
+    def adjust(self, count: int, pool: str) -> None:
+        self._named(pool).ask_for(count)
         self._wake.set()
 
     def drain(self, engine_id: str, *, replace: bool) -> None:
-        handle = self._find(engine_id)
+        handle = find_engine(self._handles, engine_id)
         if handle.state is EngineState.DRAINING:
             return
         if handle.state not in DRAINABLE_STATES:
@@ -126,28 +140,22 @@ class RayEnginePool:
             )
         handle.begin_drain()
         self._spawn(self._drain(handle))
-        self._gone(engine_id, "draining", replace)
+        self._left(handle, "drained", replace)
 
     def remove(self, engine_id: str, *, replace: bool) -> None:
-        handle = self._find(engine_id)
-        was_counted = handle.state in LIVE_STATES
+        handle = find_engine(self._handles, engine_id)
         handle.condemn("it was removed by request")
-        self._gone(engine_id, "removing", replace or not was_counted)
+        if engine_id in self._leaving:
+            return  # drained already, and no longer counted
+        self._handles.remove(handle)
+        self._spawn(self._stop(handle, "removed by request"))
+        self._left(handle, "removed", replace)
 
-    def _find(self, engine_id: str) -> RayEngineHandle:
-        handles = {handle.engine_id: handle for handle in self._handles}
-        handle = handles.get(engine_id)
-        if handle is None or handle.state is EngineState.DEAD:
-            raise UnknownResourceError(
-                f"no engine {engine_id}; there are: {', '.join(handles) or 'none'}",
-                param="engine_id",
-            )
-        return handle
-
-    def _gone(self, engine_id: str, what: str, replace: bool) -> None:
+    def _left(self, handle: PooledEngine, how: str, replace: bool) -> None:
+        record = self._pools[handle.spec.pool]
+        logger.info("engine %s is %s by request", handle.engine_id, how)
         if not replace:
-            self._target_count -= 1
-        logger.info("%s %s by request; %d engines wanted", what, engine_id, self._target_count)
+            record.ask_for(record.target_count - 1)
         self._wake.set()
 
     async def close(self) -> None:
@@ -157,10 +165,28 @@ class RayEnginePool:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(
-            *(self._stop(handle, "server is shutting down") for handle in self._handles),
+            *(
+                self._stop(handle, "server is shutting down")
+                for handle in [*self._handles, *(self._ending - {*self._handles})]
+            ),
             return_exceptions=True,
         )
         self._handles.clear()
+
+    def _named(self, pool: str | None) -> PoolRecord:
+        if pool is None and len(self._pools) == 1:
+            return next(iter(self._pools.values()))
+        if pool is None or pool not in self._pools:
+            raise InvalidRequestError(
+                f"pool {pool!r} is none of engine.pools: {', '.join(self._pools)}", param="pool"
+            )
+        return self._pools[pool]
+
+    def _members(self) -> list[Member]:
+        return [
+            Member(engine_id=handle.engine_id, pool=handle.spec.pool, state=handle.state)
+            for handle in self._handles
+        ]
 
     async def _reconcile_forever(self) -> None:
         while True:
@@ -170,43 +196,44 @@ class RayEnginePool:
             self._wake.clear()
 
     def _reconcile(self) -> None:
+        now_s = self._clock()
         for handle in [h for h in self._handles if h.state is EngineState.DEAD]:
-            logger.warning("engine %s is dead: %s", handle.engine_id, handle.error)
-            self._handles.remove(handle)
-            self._spawn(self._stop(handle, handle.error or "dead"))
-        live = [handle for handle in self._handles if handle.state in LIVE_STATES]
-        if len(live) < self._target_count and self._start_failures < MAX_START_FAILURES:
-            for _ in range(self._target_count - len(live)):
-                self._launch()
-        # Newest first: the longest-serving engines hold the warmest caches. An engine in the
-        # middle of a start or a commit is left alone until it has finished.
-        for handle in reversed(live[self._target_count :]):
-            if handle.state in DRAINABLE_STATES:
-                handle.begin_drain()
-                self._spawn(self._drain(handle))
+            if handle.engine_id not in self._leaving:
+                self._handles.remove(handle)
+                reason = handle.error or "dead"
+                self._pools[handle.spec.pool].lost(handle.engine_id, reason, now_s)
+                self._spawn(self._stop(handle, reason))
+        todo = plan(self._members(), [pool.wish(now_s) for pool in self._pools.values()])
+        for name, num_missing in todo.starts.items():
+            for _ in range(num_missing):
+                self._launch(self._pools[name])
+        for handle in [h for h in self._handles if h.engine_id in todo.drains]:
+            handle.begin_drain()
+            self._spawn(self._drain(handle))
 
-    def _launch(self) -> None:
-        index = self._free_index()
+    def _launch(self, pool: PoolRecord) -> None:
         config = self._config
         spec = EngineSpec(
-            engine_id=f"engine-{next(self._indices)}",
-            index=index,
+            engine_id=f"engine-{next(self._ids)}",
+            index=self._free_index(pool),
             model=config.model,
-            engine=config.engine,
+            engine=pool.engine,
             drafter=config.drafter,
             speculation=config.speculation,
             device=self._device,
+            pool=pool.name,
         )
-        handle = RayEngineHandle(spec, create_engine_actor(spec), config.weights)
+        handle = self._create_engine(spec)
         self._handles.append(handle)
         self._spawn(self._bring_up(handle))
 
-    def _free_index(self) -> int:
+    def _free_index(self, pool: PoolRecord) -> int:
         """Smallest index not in use, so that a replacement takes over the cores of the dead."""
-        used = {handle.spec.index for handle in self._handles}
+        cores = pool.engine.cpu_cores
+        used = {h.spec.index for h in self._handles if h.spec.engine.cpu_cores == cores}
         return next(index for index in itertools.count() if index not in used)
 
-    async def _bring_up(self, handle: RayEngineHandle) -> None:
+    async def _bring_up(self, handle: PooledEngine) -> None:
         try:
             facts = await handle.start()
             if handle.footprint is not None:
@@ -214,18 +241,16 @@ class RayEnginePool:
             for preparation in self._prepare:
                 await preparation(handle)
             if handle.state is EngineState.DEAD:
-                raise EngineDeadError(f"engine {handle.engine_id} is dead: {handle.error}")
+                raise EngineDeadError(handle.error or "it died")
             handle.serve()
         except SlipstreamError as exc:
-            if handle not in self._handles:
-                return  # removed by request meanwhile, and stopped by the reconcile loop
-            self._start_failures += 1
-            self._last_start_error = exc.message
             logger.error("engine %s failed to start: %s", handle.engine_id, exc.message)
-            await self._stop(handle, exc.message)
-            await asyncio.sleep(BACKOFF_S * self._start_failures)
+            handle.condemn(f"it did not start: {exc.message}")
+        except Exception as exc:  # or it would be STARTING for ever, whatever went wrong
+            logger.exception("engine %s failed to start", handle.engine_id)
+            handle.condemn(f"it did not start: {exc!r}")
         else:
-            self._start_failures = 0
+            self._pools[handle.spec.pool].restarts.served()
             logger.info(
                 "engine %s is serving after %.1f s: %d KV blocks of %d tokens, drafter %.1f MiB",
                 handle.engine_id,
@@ -236,8 +261,9 @@ class RayEnginePool:
             )
         self._wake.set()
 
-    async def _drain(self, handle: RayEngineHandle) -> None:
+    async def _drain(self, handle: PooledEngine) -> None:
         """Wait for its last request, at most ``engine.drain_timeout_s``, then stop it."""
+        self._leaving.add(handle.engine_id)
         deadline = asyncio.get_running_loop().time() + self._config.engine.drain_timeout_s
         with contextlib.suppress(SlipstreamError):
             while asyncio.get_running_loop().time() < deadline:
@@ -245,15 +271,20 @@ class RayEnginePool:
                 if status.num_running_reqs + status.num_waiting_reqs == 0:
                     break
                 await asyncio.sleep(DRAIN_POLL_S)
-        if handle not in self._handles:
-            return  # it died, or was removed: the reconcile loop stops it
-        self._handles.remove(handle)
+        if handle in self._handles:  # else it died before this began
+            self._handles.remove(handle)
+        self._leaving.discard(handle.engine_id)
         await self._stop(handle, "drained")
         logger.info("engine %s drained and stopped", handle.engine_id)
 
-    async def _stop(self, handle: RayEngineHandle, reason: str) -> None:
+    def _stop(self, handle: PooledEngine, reason: str) -> Awaitable[None]:
+        self._ending.add(handle)
+        return self._stop_and_forget(handle, reason)
+
+    async def _stop_and_forget(self, handle: PooledEngine, reason: str) -> None:
         await handle.stop(reason)
         self._footprints.forget(handle.engine_id)
+        self._ending.discard(handle)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         async def run() -> None:

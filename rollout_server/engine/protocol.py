@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from rollout_server.engine.vllm_metrics import MetricText
-from shared.schemas.engines import EngineStatus
+from shared.schemas.engines import EnginePoolStatus, EngineStatus
 from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
@@ -239,12 +239,19 @@ class EnginePool(Protocol):
         """Every engine that is not gone, in order of creation, STARTING and DRAINING included."""
         ...
 
-    async def scale(self, count: int) -> None:
-        """Set the target count. Returns at once: new engines start, surplus ones drain, in the
-        background.
+    def pools(self) -> Sequence[EnginePoolStatus]:
+        """Every pool with its target and its losses; at least one."""
+        ...
+
+    async def scale(self, count: int, pool: str | None = None) -> None:
+        """An operator sets the target count of a pool; its quarantine ends. Returns at once: new
+        engines start, surplus ones drain, in the background.
+
+        Args:
+            pool: may be left out where there is one.
 
         Raises:
-            InvalidRequestError: above ``engine.max_count``.
+            InvalidRequestError: no such pool, or above its ``max_count``.
         """
         ...
 
@@ -266,4 +273,8 @@ class EnginePool(Protocol):
         Raises:
             UnknownResourceError: there is no such engine.
         """
+        ...
+
+    def adjust(self, count: int, pool: str) -> None:
+        """As ``scale``, for the autoscaling policy: a quarantine goes on."""
         ...

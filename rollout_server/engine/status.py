@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rollout_server.engine.actor import EngineFacts
 from rollout_server.engine.arguments import EngineSpec
+from rollout_server.engine.facts import EngineFacts
 from shared.schemas.engines import EngineStatus
 from shared.types import DrafterScheme, EngineState
 
@@ -19,6 +19,7 @@ def engine_status(
     state: EngineState,
     error: str | None,
     committed_version: int,
+    node_id: str,
     uptime_s: float,
 ) -> EngineStatus:
     """The wire record.
@@ -29,6 +30,8 @@ def engine_status(
     """
     return EngineStatus(
         engine_id=spec.engine_id,
+        pool=spec.pool,
+        node_id=node_id,
         state=state,
         error=error,
         pid=None if facts is None else facts.pid,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.errors import OverloadedError
+from shared.errors import OverloadedError, UnavailableError
 
 
 class SampleAccounts:
@@ -18,13 +18,18 @@ class SampleAccounts:
         self.num_failed = 0
         self.num_cancelled = 0
         self.num_pending = 0
+        self.refusal: str | None = None
+        """Why nothing new is accepted, once that is so."""
 
     def accept(self, num_samples: int) -> None:
         """Take ``num_samples`` on, all or none.
 
         Raises:
+            UnavailableError: nothing new is accepted any more.
             OverloadedError: they would exceed ``server.limits.max_pending_samples``.
         """
+        if self.refusal is not None:
+            raise UnavailableError(self.refusal)
         if self.num_pending + num_samples > self.max_pending_samples:
             raise OverloadedError(
                 f"{num_samples} samples on top of {self.num_pending} pending ones exceed "
@@ -32,6 +37,10 @@ class SampleAccounts:
             )
         self.num_accepted += num_samples
         self.num_pending += num_samples
+
+    def refuse(self, reason: str) -> None:
+        """Accept nothing from now on."""
+        self.refusal = reason
 
     def settle(
         self, *, num_delivered: int = 0, num_failed: int = 0, num_cancelled: int = 0

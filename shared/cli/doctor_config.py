@@ -67,13 +67,14 @@ def check_kv_budget(config: RunConfig) -> CheckResult:
 def check_cores(config: RunConfig, num_usable_cores: int) -> CheckResult:
     """CPU engines on the same cores starve each other."""
     engine = config.engine
-    if engine.device == "cuda" or engine.count <= 1:
+    count = engine.total_count
+    if engine.device == "cuda" or count <= 1:
         return CheckResult(name="engine.cpu_cores", status=CheckStatus.OK, detail="one engine")
-    distinct = len(set(engine.cpu_cores))
-    if distinct >= engine.count:
-        detail = f"{distinct} sets for {engine.count} engines, {num_usable_cores} cores usable"
+    distinct = len({c for pool in engine.all_pools for c in engine.of_pool(pool).cpu_cores})
+    if distinct >= count:
+        detail = f"{distinct} sets for {count} engines, {num_usable_cores} cores usable"
         return CheckResult(name="engine.cpu_cores", status=CheckStatus.OK, detail=detail)
-    detail = f"{engine.count} CPU engines share {distinct or 'all'} core sets: give each its own"
+    detail = f"{count} CPU engines share {distinct or 'all'} core sets: give each its own"
     return CheckResult(name="engine.cpu_cores", status=CheckStatus.WARNING, detail=detail)
 
 

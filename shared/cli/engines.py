@@ -19,7 +19,14 @@ from shared.cli.options import (
 )
 from shared.cli.output import print_json, print_table
 from shared.errors import UnavailableError
-from shared.schemas.engines import EnginesResponse, LeaveRequest, PauseRequest, ScaleRequest
+from shared.pool_types import EngineHealth, RestartState
+from shared.schemas.engines import (
+    EnginesResponse,
+    EngineStatus,
+    LeaveRequest,
+    PauseRequest,
+    ScaleRequest,
+)
 from shared.types import EngineState, PauseMode
 
 engines_app = typer.Typer(
@@ -50,6 +57,9 @@ def list_engines(
 @engines_app.command("scale")
 def scale_engines(
     count: Annotated[int, typer.Argument(min=0, help="How many engines there shall be.")],
+    pool: Annotated[
+        str | None, typer.Option("--pool", help="Of which pool; only needed with several.")
+    ] = None,
     wait_s: Annotated[
         float, typer.Option("--wait", min=0.0, metavar="SECONDS", help="Wait until they serve.")
     ] = 0.0,
@@ -59,9 +69,14 @@ def scale_engines(
     timeout_s: TimeoutOption = 10.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Set the number of engines; new ones start, surplus ones finish their work and go."""
+    """Set the number of engines; new ones start, surplus ones finish their work and go.
+
+    Ends a quarantine, also with the count there is.
+    """
     with connect(url, timeout_s, api_key_file, ca_file) as client:
-        answer = client.send("PUT", "/v1/engines", ScaleRequest(count=count), EnginesResponse)
+        answer = client.send(
+            "PUT", "/v1/engines", ScaleRequest(count=count, pool=pool), EnginesResponse
+        )
         deadline = time.monotonic() + wait_s
         while wait_s and not has_settled(answer):
             if time.monotonic() > deadline:
@@ -150,12 +165,32 @@ def show_engines(answer: EnginesResponse, as_json: bool) -> None:
     columns = ["engine", "state", "cores", "target", "drafter", "running", "waiting", "KV", "up s"]
     rows = [
         [
-            *(e.engine_id, e.state, e.cpu_cores, e.target_version, e.drafter_version),
+            *(_name(e, answer), _state(e)),
+            *(e.cpu_cores, e.target_version, e.drafter_version),
             *(e.num_running_reqs, e.num_waiting_reqs),
             *(f"{e.kv_cache_usage:.0%}", round(e.uptime_s)),
         ]
         for e in answer.engines
     ]
-    errors = "; ".join(f"{e.engine_id}: {e.error}" for e in answer.engines if e.error)
+    errors = "; ".join(
+        [f"{e.engine_id}: {e.error}" for e in answer.engines if e.error]
+        + [
+            f"pool {pool.name} is quarantined and replaces no engine until `slipstream engines "
+            f"scale`; its last loss: {pool.last_loss}"
+            for pool in answer.pools
+            if pool.restart_state is RestartState.QUARANTINED
+        ]
+    )
     paused = f", paused: {answer.pause_mode}" if answer.pause_mode else ""
     print_table(f"engines (target {answer.target_count}{paused})", columns, rows, errors or None)
+
+
+def _name(engine: EngineStatus, answer: EnginesResponse) -> str:
+    """With its pool where there are several."""
+    return f"{engine.engine_id} ({engine.pool})" if len(answer.pools) > 1 else engine.engine_id
+
+
+def _state(engine: EngineStatus) -> str:
+    if engine.health is EngineHealth.HEALTHY:
+        return engine.state.value
+    return f"{engine.state.value}, {engine.health.value}"

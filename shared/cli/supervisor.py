@@ -102,7 +102,9 @@ class Supervisor:
         """Start the server and return its address once it is ready for requests."""
         # The run ends with its server: the trainer's checkpoint is what a resumed one goes on from.
         weights = self.config.weights.model_copy(update={"keep_on_stop": False})
-        config = self.config.model_copy(update={"weights": weights})
+        # Nobody is left to wait for rollouts whose trainer has ended.
+        server_config = self.config.server.model_copy(update={"drain_timeout_s": 0.0})
+        config = self.config.model_copy(update={"weights": weights, "server": server_config})
         config_path = write_config(config, self.run_dir / "config.yaml")
         log_path = self.run_dir / "server.log"
         server = self._start(
@@ -112,7 +114,7 @@ class Supervisor:
             log_path,
             self._access.server_environment,
         )
-        timeout_s = self.config.engine.start_timeout_s * max(1, self.config.engine.count)
+        timeout_s = self.config.engine.start_timeout_s * max(1, self.config.engine.total_count)
         deadline = time.monotonic() + timeout_s
         address: ServerAddress | None = None
         while time.monotonic() < deadline:
@@ -128,7 +130,7 @@ class Supervisor:
         waited_for = "/readyz" if address else SERVER_FILE
         raise RunFailedError(
             _failure(server, f"not ready after {timeout_s:g} s, waiting for {waited_for} "
-                     "(engine.start_timeout_s times engine.count)")
+                     "(engine.start_timeout_s times the number of engines)")
         )  # fmt: skip
 
     def train(self, address: ServerAddress) -> None:

@@ -98,13 +98,13 @@ def engines() -> Call[EnginesResponse]:
     return _status("engine status", "/v1/engines", EnginesResponse)
 
 
-def scale(count: int) -> Call[EnginesResponse]:
+def scale(count: int, pool: str | None = None) -> Call[EnginesResponse]:
     return Call(
         what=f"scaling to {count} engines",
         method="PUT",
         path="/v1/engines",
         answer=EnginesResponse,
-        body=ScaleRequest(count=count),
+        body=ScaleRequest(count=count, pool=pool),
         timeout_s=STATUS_TIMEOUT_S,
     )
 

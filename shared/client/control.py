@@ -40,9 +40,13 @@ class ControlCalls(ABC):
         """Every engine with its state, load and versions."""
         return self._run(calls.engines())
 
-    def scale(self, count: int) -> EnginesResponse:
-        """Ask for ``count`` engines; they start and drain in the background."""
-        return self._run(calls.scale(count))
+    def scale(self, count: int, pool: str | None = None) -> EnginesResponse:
+        """Ask for ``count`` engines; they start and drain in the background.
+
+        Args:
+            pool: which of the server's pools; may be left out where there is one.
+        """
+        return self._run(calls.scale(count, pool))
 
     def drain_engine(self, engine_id: str, *, replace: bool = True) -> EnginesResponse:
         """Let an engine finish what it has, then stop it; ``replace`` starts another now.
@@ -90,9 +94,13 @@ class AsyncControlCalls(ABC):
         """Every engine with its state, load and versions."""
         return await self._run(calls.engines())
 
-    async def scale(self, count: int) -> EnginesResponse:
-        """Ask for ``count`` engines; they start and drain in the background."""
-        return await self._run(calls.scale(count))
+    async def scale(self, count: int, pool: str | None = None) -> EnginesResponse:
+        """Ask for ``count`` engines; they start and drain in the background.
+
+        Args:
+            pool: which of the server's pools; may be left out where there is one.
+        """
+        return await self._run(calls.scale(count, pool))
 
     async def drain_engine(self, engine_id: str, *, replace: bool = True) -> EnginesResponse:
         """Let an engine finish what it has, then stop it; ``replace`` starts another now.

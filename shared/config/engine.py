@@ -6,7 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from shared.config.autoscaling import AutoscalingConfig
 from shared.config.base import SettingsModel
+from shared.config.pools import DEFAULT_POOL, OVERRIDES, PlacementConfig, PoolConfig
 from shared.types import DrafterScheme
 
 
@@ -33,9 +35,16 @@ class EngineConfig(SettingsModel):
     """Cores per engine in vLLM's notation (``"0-3"``; ``"0|1"`` for two TP ranks), used in turn by
     engine index. Empty: all cores for every engine. Engines on the same cores starve each other."""
     num_cpus: float = Field(default=0.0, ge=0.0)
-    """Ray CPUs an engine actor reserves (``cpu`` device); 0 leaves placement to ``cpu_cores``."""
+    """Ray CPUs an engine reserves; 0 leaves the choice of cores to ``cpu_cores``."""
+    num_gpus: float | None = Field(default=None, ge=0.0)
+    """Ray GPUs an engine reserves, all on one node; absent: one per rank on ``cuda``, none on
+    ``cpu``. A fraction lets engines of one rank share a GPU."""
     tensor_parallel_size: int = Field(default=1, ge=1)
-    """Also the GPUs an engine reserves on ``cuda``."""
+    placement: PlacementConfig = PlacementConfig()
+    pools: list[PoolConfig] = Field(default_factory=list)
+    """Engines of several kinds; replaces ``count`` and ``max_count``. Empty: one pool,
+    ``default``."""
+    autoscaling: AutoscalingConfig = AutoscalingConfig()
     kv_cache_memory_mib: int | None = Field(default=None, ge=1)
     """KV-cache budget per engine. Needed on CPU; on CUDA absent means vLLM's own sizing."""
     num_kv_blocks: int | None = Field(default=None, ge=4)
@@ -53,14 +62,109 @@ class EngineConfig(SettingsModel):
     generate_timeout_s: float = Field(default=1800.0, gt=0)
     """Longest a group may take on an engine before it is aborted."""
     drain_timeout_s: float = Field(default=120.0, gt=0)
+    placement_timeout_s: float = Field(default=300.0, gt=0)
+    """How long an engine may wait for a node with room, one that an autoscaling cluster still has
+    to start included."""
+    status_timeout_s: float = Field(default=15.0, gt=0, le=30.0)
+    """How long an engine may take to answer for its load. It answers between two steps."""
+    max_status_timeouts: int = Field(default=3, ge=1)
+    """So many in a row, and the engine is given up and replaced."""
+    progress_timeout_s: float = Field(default=120.0, gt=0)
+    """An engine that holds work and makes no token for so long is given up and replaced. Longer
+    than its slowest step."""
+    restart_backoff_s: float = Field(default=1.0, gt=0)
+    """Wait before an engine is replaced; doubled for each further failure until one serves."""
+    restart_max_backoff_s: float = Field(default=60.0, gt=0)
+    restart_budget: int = Field(default=5, ge=0)
+    """Engines a pool may lose in ``restart_window_s`` for each one asked for. One more, and it
+    replaces none until ``PUT /v1/engines``."""
+    restart_window_s: float = Field(default=600.0, gt=0)
     vllm_args: dict[str, JsonValue] = Field(default_factory=dict)
     """More ``vllm.AsyncEngineArgs``, by vLLM's names. What slipstream sets itself is refused."""
+
+    @property
+    def all_pools(self) -> tuple[PoolConfig, ...]:
+        """At least one; ``count`` and ``max_count`` are theirs."""
+        default = PoolConfig(name=DEFAULT_POOL, count=self.count, max_count=self.max_count)
+        return tuple(self.pools) or (default,)
+
+    @property
+    def total_count(self) -> int:
+        """Engines that are started with the server."""
+        return sum(pool.count for pool in self.all_pools)
+
+    def of_pool(self, pool: PoolConfig) -> EngineConfig:
+        """The settings of one pool's engines."""
+        own = {name: value for name in OVERRIDES if (value := getattr(pool, name)) is not None}
+        return self.model_copy(update={**own, "pools": []})
 
     @model_validator(mode="after")
     def count_within_max(self) -> Self:
         if self.count > self.max_count:
             raise ValueError(
                 f"engine.count {self.count} is above engine.max_count {self.max_count}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def pools_have_counts_and_names_of_their_own(self) -> Self:
+        names = [pool.name for pool in self.pools]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"engine.pools has the name {doubled[0]} twice")
+        left = sorted({"count", "max_count"} & self.model_fields_set) if self.pools else []
+        if left:
+            raise ValueError(
+                f"engine.{left[0]} is for a configuration without engine.pools: "
+                f"set {left[0]} of each pool"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def gpus_are_enough_for_the_ranks(self) -> Self:
+        for pool in self.all_pools:
+            own = self.of_pool(pool)
+            num_gpus, num_ranks = own.num_gpus, own.tensor_parallel_size
+            if num_gpus is None or own.device == "cpu":
+                continue
+            if num_gpus > 1 and num_gpus != int(num_gpus):
+                raise ValueError(
+                    f"num_gpus {num_gpus:g} (engine pool {pool.name}): above 1, Ray gives whole "
+                    "GPUs only"
+                )
+            if 0 < num_gpus < num_ranks and num_ranks > 1:
+                raise ValueError(
+                    f"num_gpus {num_gpus:g} (engine pool {pool.name}) is below "
+                    f"tensor_parallel_size {num_ranks}: each rank needs a GPU"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def autoscaling_has_a_pool_within_its_limits(self) -> Self:
+        scaling = self.autoscaling
+        if not scaling.enabled and scaling.pool is None:
+            return self
+        pools = {pool.name: pool for pool in self.all_pools}
+        name = scaling.pool or (next(iter(pools)) if len(pools) == 1 else None)
+        if name not in pools:
+            raise ValueError(
+                f"engine.autoscaling.pool {scaling.pool!r} is none of the engine pools "
+                f"{', '.join(pools)}"
+            )
+        largest = pools[name].max_count
+        if scaling.enabled and max(scaling.min_count, scaling.max_count or 0) > largest:
+            raise ValueError(
+                f"engine.autoscaling.min_count {scaling.min_count} and max_count "
+                f"{scaling.max_count} must not be above max_count {largest} of engine pool {name}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def backoff_in_order(self) -> Self:
+        if self.restart_backoff_s > self.restart_max_backoff_s:
+            raise ValueError(
+                f"engine.restart_backoff_s {self.restart_backoff_s:g} is above "
+                f"engine.restart_max_backoff_s {self.restart_max_backoff_s:g}"
             )
         return self
 

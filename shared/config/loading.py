@@ -87,7 +87,9 @@ def dump_run_config(config: RunConfig) -> str:
     """The resolved configuration as YAML that loads back to the same thing."""
     # Written out, the default would count as chosen and be checked against the context length.
     unset = {"sampling"} - config.trainer.model_fields_set
-    data = config.model_dump(mode="json", exclude={"trainer": unset})
+    # Likewise beside engine.pools, which have counts of their own.
+    counts = {"count", "max_count"} if config.engine.pools else set[str]()
+    data = config.model_dump(mode="json", exclude={"trainer": unset, "engine": counts})
     return yaml.safe_dump(data, sort_keys=False)
 
 

@@ -139,8 +139,9 @@ def check_model_support(model: Model, engine: EngineConfig, drafter: DrafterConf
         raise ConfigurationError(
             f"the model has {found} and cannot be served: {refusal.reason}", param="model.path"
         )
-    check_tensor_parallel_size(model, engine.tensor_parallel_size)
-    check_int4_groups(model, drafter, engine.tensor_parallel_size)
+    for size in sorted({engine.of_pool(pool).tensor_parallel_size for pool in engine.all_pools}):
+        check_tensor_parallel_size(model, size)
+        check_int4_groups(model, drafter, size)
 
 
 def check_tensor_parallel_size(model: Model, tensor_parallel_size: int) -> None:

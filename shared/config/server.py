@@ -65,6 +65,10 @@ class ServerConfig(SettingsModel):
     """How long a finished request's result can be fetched again."""
     result_store_mib: int = Field(default=512, ge=1)
     """Upper limit of memory for kept results; the oldest go first."""
+    drain_timeout_s: float = Field(default=120.0, ge=0)
+    """How long a server that got SIGTERM lets accepted requests finish while it refuses new ones
+    with 503; ``slipstream run`` does not wait. Whoever kills it after a while must leave it this
+    time and ``shutdown_timeout_s`` together."""
     shutdown_timeout_s: float = Field(default=30.0, gt=0)
     status_poll_s: float = Field(default=0.5, gt=0)
     """How often engine load is read for routing and metrics."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from shared.schemas.base import WireModel
 
 
@@ -21,6 +23,8 @@ class ReadyzResponse(WireModel):
     """Engines in SERVING, PAUSED or SYNCING."""
     num_engines: int
     target_count: int
+    quarantined_pools: list[str] = Field(default_factory=list)
+    """Pools that lost too many engines and replace none until an operator asks for a count."""
 
 
 class VersionResponse(WireModel):

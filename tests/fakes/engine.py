@@ -21,15 +21,14 @@ from rollout_server.engine.vllm_metrics import MetricText, vllm_metrics
 from shared.errors import EngineDeadError, EngineError
 from shared.schemas.engines import EngineStatus
 from shared.schemas.rollouts import WeightVersionSpan
-from shared.schemas.speculation import EngineSpeculation, SpeculationPatch, SpeculationStep
+from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
 from shared.types import (
-    DrafterScheme,
     EngineState,
     FinishReason,
     PauseMode,
-    SpeculationReason,
 )
+from tests.fakes.engine_reports import fake_speculation, fake_status
 
 VOCAB_SIZE = 256
 NUM_TOKENS = 6
@@ -48,6 +47,7 @@ class FakeEngine:
 
     engine_id: str
     state: EngineState = EngineState.SERVING
+    node_id: str = "node-0"
     committed_version: int = 0
     error: str | None = None
     delay_s: float = 0.0
@@ -161,75 +161,13 @@ class FakeEngine:
 
     async def status(self) -> EngineStatus:
         self._raise_if_failing()
-        return EngineStatus(
-            engine_id=self.engine_id,
-            state=self.state,
-            pid=1,
-            cpu_cores=None,
-            target_version=self.committed_version,
-            drafter_version=self.committed_version,
-            drafter_scheme=DrafterScheme.INT8,
-            num_running_reqs=self.num_running,
-            num_waiting_reqs=0,
-            kv_cache_usage=0.25,
-            num_kv_blocks=100,
-            block_size=16,
-            max_model_len=1024,
-            num_generation_tokens=10,
-            num_prompt_tokens=5,
-            num_preemptions=0,
-            num_reserved=0,
-            start_up_s=1.0,
-            uptime_s=2.0,
+        return fake_status(
+            self.engine_id, self.node_id, self.state, self.committed_version, self.num_running
         )
 
     async def speculation(self, since_step: int) -> EngineSpeculation:
         self._raise_if_failing()
-        steps = [
-            SpeculationStep(
-                step=step,
-                time_s=float(step),
-                kv_cache_usage=0.1,
-                num_running_reqs=1,
-                num_waiting_reqs=0,
-                num_speculative_tokens=4,
-                reason=SpeculationReason.BELOW_THRESHOLD,
-            )
-            for step in range(1, 11)
-            if step > since_step
-        ]
-        return EngineSpeculation(
-            engine_id=self.engine_id,
-            enabled=True,
-            num_speculative_tokens=4,
-            reason=SpeculationReason.BELOW_THRESHOLD,
-            kv_cache_usage=0.25,
-            num_steps=10,
-            num_steps_on=10,
-            num_switches=0,
-            num_drafts=10,
-            num_draft_tokens=40,
-            num_accepted_tokens=30,
-            num_accepted_tokens_per_pos=[10, 8, 7, 5],
-            mean_acceptance_length=4.0,
-            num_steps_per_k=[2, 0, 0, 0, 8],
-            time_s_per_k=[0.5, 0.0, 0.0, 0.0, 1.5],
-            num_steps_per_reason={
-                SpeculationReason.BELOW_THRESHOLD: 8,
-                SpeculationReason.ABOVE_THRESHOLD: 2,
-            },
-            num_steps_per_kv_usage=[0, 3, 5, 0, 0, 0, 0, 0, 0, 2],
-            kv_cache_usage_sum=3.5,
-            acceptance_per_pos=[0.9, 0.8, 0.7, 0.6],
-            num_acceptance_changes=1,
-            cost_model="self",
-            machine_factor=1.25,
-            num_predicted_steps=9,
-            predicted_step_s=1.8,
-            realised_step_s=1.9,
-            median_step_time_error=0.05,
-            history=steps,
-        )
+        return fake_speculation(self.engine_id, since_step)
 
     async def set_speculation(self, patch: SpeculationPatch) -> None:
         self._raise_if_failing()

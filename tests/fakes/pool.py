@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from rollout_server.engine.protocol import ModelInfo
 from shared.errors import InvalidRequestError, UnknownResourceError
+from shared.pool_types import RestartState
+from shared.schemas.engines import EnginePoolStatus
 from shared.types import EngineState
 from tests.fakes.engine import VOCAB_SIZE, FakeEngine
 
@@ -26,6 +28,7 @@ class FakePool:
         )
         self.target_count = len(self.members)
         self.max_num_speculative_tokens = max_num_speculative_tokens
+        self.restart_state = RestartState.READY
 
     def engines(self) -> Sequence[FakeEngine]:
         return tuple(self.members)
@@ -52,7 +55,30 @@ class FakePool:
         else:
             self.target_count -= 1
 
-    async def scale(self, count: int) -> None:
+    def pools(self) -> Sequence[EnginePoolStatus]:
+        return [
+            EnginePoolStatus(
+                name="default",
+                target_count=self.target_count,
+                max_count=4,
+                num_engines=len(self.members),
+                num_serving=sum(e.state is EngineState.SERVING for e in self.members),
+                restart_state=self.restart_state,
+                restart_in_s=0.0,
+                num_losses=0,
+                num_losses_in_window=0,
+                loss_budget=5,
+            )
+        ]
+
+    def adjust(self, count: int, pool: str) -> None:
+        assert pool == "default"
+        self.target_count = count
+
+    async def scale(self, count: int, pool: str | None = None) -> None:
+        if pool not in (None, "default"):
+            raise InvalidRequestError(f"pool {pool} is not there", param="pool")
+        self.restart_state = RestartState.READY
         if count > 4:
             raise InvalidRequestError(f"count {count} is above engine.max_count 4", param="count")
         self.target_count = count

@@ -121,18 +121,20 @@ def fake_service(
     tokenizer: Tokenizer | None = None,
     server: dict[str, object] | None = None,
     max_num_seqs: int = 8,
+    engine: dict[str, object] | None = None,
 ) -> RolloutService:
     """A service that is not started.
 
     Args:
         server: settings of ``config.server``.
+        engine: settings of ``config.engine``.
     """
     members = [FakeEngine("engine-0")] if engines is None else engines
     config = validate_run_config(
         {
             "model": {"path": "models/tiny"},
             "server": {"status_poll_s": 0.01, "shutdown_timeout_s": 1.0, **(server or {})},
-            "engine": {"max_num_seqs": max_num_seqs},
+            "engine": {"max_num_seqs": max_num_seqs, **(engine or {})},
         }
     )
     return RolloutService(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from rollout_server.drafter.kernels.base import LayerShape
 from rollout_server.drafter.kernels.factory import make_draft_kernel
 from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan
-from rollout_server.engine.actor import EngineFacts
+from rollout_server.engine.facts import EngineFacts
 from shared.config.engine import DrafterConfig
 from shared.types import DrafterScheme
 from tests.support.engine import started_engine

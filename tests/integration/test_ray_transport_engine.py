@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 
-from benchmarks.harness.ray_nodes import NAMESPACE, TwoNodes, two_nodes
+from benchmarks.harness.ray_nodes import TwoNodes, two_nodes
 from shared.config.engine import ModelConfig
 from shared.config.weights import WeightsConfig
 from shared.types import TransportKind
@@ -54,9 +53,8 @@ def test_an_engine_on_another_node_serves_what_was_pushed(
         },
     )
     try:
-        engine = ray.get_actor("engine-0", namespace=NAMESPACE)
-        where = engine.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())
-        assert ray.get(where, timeout=30) == cluster.second_id
+        (engine,) = server.client.get("/v1/engines").json()["engines"]
+        assert engine["node_id"] == cluster.second_id
         policy = Policy.load(
             new, ModelConfig(path=str(new), dtype="float32"), device=torch.device("cpu")
         )

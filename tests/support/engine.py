@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rollout_server.engine import arguments
-from rollout_server.engine.actor import EngineActor, EngineFacts
+from rollout_server.engine.actor import EngineActor
 from rollout_server.engine.arguments import EngineSpec, engine_environment
+from rollout_server.engine.facts import EngineFacts
 from rollout_server.engine.protocol import GeneratedSample, GenerateRequest
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig

@@ -15,7 +15,14 @@ FORBIDDEN_IN_SHARED = {"torch", "ray", "vllm", "fastapi", "rollout_server", "tra
 VLLM_FOLDERS = tuple(
     f"rollout_server/{name}/" for name in ("engine", "drafter", "speculation", "weights")
 )
-RAY_FILES = {"launch.py", "pool.py", "cluster.py", "handle.py", "ray_transport.py"}
+RAY_FILES = {
+    "launch.py",
+    "pool.py",
+    "cluster.py",
+    "handle.py",
+    "actor_calls.py",
+    "ray_transport.py",
+}
 
 
 def source_files(*packages: str) -> list[str]:

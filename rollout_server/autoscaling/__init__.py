@@ -1,0 +1,1 @@
+"""How many engines there should be: ``policy`` decides (pure), ``autoscaler`` does."""

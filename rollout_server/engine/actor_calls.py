@@ -1,0 +1,100 @@
+"""Calls of one engine's Ray actor: time limits, Ray's errors turned into ours, and the fence."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rollout_server.engine.fence import Fence, FencedOffError
+from rollout_server.engine.footprint import Footprint, merged
+from rollout_server.engine.lifecycle import EngineLifecycle
+from shared.errors import EngineDeadError, EngineError, SlipstreamError
+from shared.types import EngineState
+
+FOOTPRINT_TIMEOUT_S = 5.0
+SHUTDOWN_TIMEOUT_S = 30.0
+
+
+class ActorCalls:
+    """From the moment the engine is DEAD every call raises, also those that wait."""
+
+    def __init__(self, engine_id: str) -> None:
+        self.lifecycle = EngineLifecycle()
+        self._engine_id = engine_id
+        self._fence = Fence()
+
+    def die(self, reason: str) -> None:
+        """To DEAD from anywhere; the first reason is kept."""
+        self.lifecycle.die(reason)
+        self._fence.close()
+
+    def check_alive(self) -> None:
+        """
+        Raises:
+            EngineDeadError: it is not.
+        """
+        if self.lifecycle.state is EngineState.DEAD:
+            raise self._dead()
+
+    async def call(self, reference: Awaitable[Any], purpose: str, timeout_s: float) -> Any:
+        """Await an actor call, waiting at most ``timeout_s``.
+
+        Args:
+            purpose: ends the sentence "took longer than 5 s ...".
+
+        Raises:
+            EngineDeadError: the engine is gone, or was given up meanwhile.
+            EngineError: it took too long or failed.
+        """
+        try:
+            return await self._fence.answer(reference, timeout_s)
+        except FencedOffError:
+            raise self._dead() from None
+        except TimeoutError as exc:
+            raise EngineError(
+                f"engine {self._engine_id} took longer than {timeout_s} s {purpose}"
+            ) from exc
+        except RayError as exc:
+            raise self._translate(exc) from exc
+
+    def _dead(self) -> EngineDeadError:
+        return EngineDeadError(f"engine {self._engine_id} is dead: {self.lifecycle.error}")
+
+    def _translate(self, exc: RayError) -> SlipstreamError:
+        """The one place where Ray's errors become ours."""
+        if isinstance(exc, RayTaskError) and isinstance(exc.cause, SlipstreamError):
+            if isinstance(exc.cause, EngineDeadError):
+                self.die(exc.cause.message)
+            return exc.cause
+        if isinstance(exc, RayActorError):
+            self.die(f"its process ended: {exc}")
+            return EngineDeadError(f"engine {self._engine_id} is gone: {exc}")
+        return EngineError(f"engine {self._engine_id} failed: {exc}")
+
+
+async def end_actor(actor: Any, footprint: Footprint | None) -> Footprint | None:
+    """Ask an actor to shut down, behind the fence: what it answers now is for nobody else.
+
+    One that does not even list its processes hangs, and would not shut down either.
+
+    Args:
+        footprint: what it had when it started.
+
+    Returns:
+        What may be left of it. A child that was killed is no longer seen, but was when it started.
+    """
+    with contextlib.suppress(RayError, TimeoutError):
+        latest: Footprint = await asyncio.wait_for(
+            _awaited(actor.footprint.remote()), FOOTPRINT_TIMEOUT_S
+        )
+        footprint = merged(footprint, latest)
+        await asyncio.wait_for(_awaited(actor.shutdown.remote()), SHUTDOWN_TIMEOUT_S)
+    return footprint
+
+
+async def _awaited(reference: Awaitable[Any]) -> Any:
+    return await reference
