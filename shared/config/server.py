@@ -65,6 +65,9 @@ class ServerConfig(SettingsModel):
     """How long a finished request's result can be fetched again."""
     result_store_mib: int = Field(default=512, ge=1)
     """Upper limit of memory for kept results; the oldest go first."""
+    ledger: bool = True
+    """Record accepted requests and finished groups in ``<run_dir>/rollouts.sqlite3``, so that they
+    survive a restart of the server, a kill included; kept as long as the two settings above say."""
     shutdown_timeout_s: float = Field(default=30.0, gt=0)
     status_poll_s: float = Field(default=0.5, gt=0)
     """How often engine load is read for routing and metrics."""
