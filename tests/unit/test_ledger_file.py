@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -214,6 +215,12 @@ def _torn_pages(path: Path) -> None:
             file.write(b"\xff" * 512)
 
 
+def _torn_leaf(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(b"\xff" * 512)
+
+
 def _lost_table(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("DROP TABLE groups")
@@ -226,12 +233,13 @@ def _empty_books(path: Path) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize("damage", [_no_database, _torn_pages, _lost_table, _empty_books])
+@pytest.mark.parametrize("damage", [_no_database, _torn_pages, _torn_leaf, _lost_table, _empty_books])
 def test_a_damaged_file_is_set_aside_and_the_log_says_so(
     path: Path, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = open_ledger_file(path)
-    file.apply([accepted("a", body=bytes(10_000)), finished("a", 0, body=bytes(50_000))])
+    file.apply([accepted("a", num_groups=300)])
+    file.apply([finished("a", index, body=bytes(200)) for index in range(300)])
     file.close()
     assert callable(damage)
     damage(path)
