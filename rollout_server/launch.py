@@ -19,6 +19,7 @@ from rollout_server.draining import StopSignals, StopWish, drain
 from rollout_server.engine.cluster import leave_cluster, start_or_join_cluster
 from rollout_server.engine.pool import RayEnginePool
 from rollout_server.model_info import read_model_info, resolve_device
+from rollout_server.rollouts.ledger import Ledger, NoLedger, RolloutLedger
 from rollout_server.scoring.pool import ScoringPool
 from rollout_server.service import RolloutService
 from rollout_server.tokenizer import HuggingFaceTokenizer
@@ -55,6 +56,8 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
         recovered = await asyncio.to_thread(
             recover, ledger, config.weights.lost_snapshot, config.weights.directory
         )
+        rollout_ledger = await _open_rollout_ledger(config)
+        stack.push_async_callback(rollout_ledger.close)
         ray_address = start_or_join_cluster(config.ray)
         stack.callback(leave_cluster)
         files = await start_snapshot_files(config.weights)
@@ -64,14 +67,21 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
             pool, config.weights, SystemClock(), ledger, recovered, config.model.path, files
         )
         scoring = ScoringPool(config.scoring)
-        service = RolloutService(config, pool, scoring, coordinator, tokenizer)
+        service = RolloutService(config, pool, scoring, coordinator, tokenizer, rollout_ledger)
         pool.before_serving(coordinator.bring_up_to_date)
         pool.before_serving(service.live_speculation.apply_to)
         pool.before_serving(service.generation.apply_to)  # the last: see there
         stack.push_async_callback(service.close)
         await service.start()
         await pool.start()
+        await service.restore()
         yield service, ray_address
+
+
+async def _open_rollout_ledger(config: RunConfig) -> Ledger:
+    if not config.server.ledger:
+        return NoLedger()
+    return await RolloutLedger.open(config.rollout_ledger_file)
 
 
 READY_FILE_NAME = "server.json"

@@ -27,6 +27,7 @@ from prometheus_client.registry import Collector
 from rollout_server.collaborators import Scorer
 from rollout_server.engine_metrics import engine_metrics
 from rollout_server.pool_metrics import pool_metrics
+from rollout_server.rollouts.ledger import LedgerStats
 from rollout_server.router.generation_facts import GenerationFacts
 from rollout_server.router.router import Router
 from rollout_server.router.strategy import READY_STATES
@@ -63,6 +64,7 @@ class MetricSources:
     speculation: Callable[[], Sequence[EngineSpeculation]]
     policy_of: Callable[[str], SpeculationPolicy]
     """By engine id."""
+    ledger: Callable[[], LedgerStats]
 
 
 class ServiceMetrics:
@@ -196,6 +198,7 @@ class _SourcesCollector(Collector):
         sources = self._sources
         router = sources.router
         accounts = router.accounts
+        ledger = sources.ledger()
         statuses = sources.statuses()
         num_ready = sum(status.state in READY_STATES for status in statuses)
         info = GaugeMetricFamily(names.BUILD_INFO, "Always 1.", labels=names.BUILD_INFO_LABELS)
@@ -203,10 +206,17 @@ class _SourcesCollector(Collector):
         yield info
         for name, text, value in (
             (names.PENDING_SAMPLES, "Samples accepted and not ended.", accounts.num_pending),
+            (
+                names.SAMPLES_UNACCOUNTED,
+                "Accepted, not ended, not pending.",
+                accounts.num_unaccounted,
+            ),
             (names.PENDING_SAMPLES_LIMIT, "Most of those.", accounts.max_pending_samples),
             (names.QUEUED_SAMPLES, "Samples waiting for an engine.", router.num_queued_samples),
             (names.LONGEST_WAIT, "Wait of the first of them.", router.longest_wait_s),
             (names.SCORING_QUEUED, "Samples waiting for a worker.", sources.scorer.num_queued),
+            (names.LEDGER_BYTES, "The ledger on disk.", ledger.num_bytes),
+            (names.LEDGER_UNWRITTEN, "Changes that wait for the disk.", ledger.num_unwritten),
             (names.COMMITTED_VERSION, "Committed weights.", sources.committed_version()),
             (names.READY_ENGINES, "Engines that take requests.", num_ready),
             (names.TARGET_ENGINES, "Engines asked for.", sources.target_count()),
@@ -219,6 +229,9 @@ class _SourcesCollector(Collector):
             (names.SAMPLES_DELIVERED, "Samples delivered.", accounts.num_delivered),
             (names.SAMPLES_FAILED, "Samples lost to an error.", accounts.num_failed),
             (names.SAMPLES_CANCELLED, "Samples aborted.", accounts.num_cancelled),
+            (names.LEDGER_COMMITS, "Transactions of the ledger.", ledger.num_commits),
+            (names.LEDGER_COMMIT_SECONDS, "Seconds they took.", ledger.commit_s),
+            (names.LEDGER_WRITE_FAILURES, "Failed transactions.", ledger.num_write_failures),
             (names.GENERATE_RETRIES, "Groups whose engine died.", router.num_retries),
             (names.KEPT_TOKENS, "Tokens kept from dead engines.", router.num_kept_tokens),
             (names.SCORING_RESTARTS, "Reward workers replaced.", num_restarts),

@@ -1,8 +1,8 @@
 """The assembled rollout service: what the HTTP routes call. Launch code builds it; tests too.
 
 Owns the router, the registry of rollouts, the status poller, the speculation policy, the metrics
-and the dashboard's feed; starts and closes the scorer and closes the coordinator. The engine pool's
-life belongs to whoever made it, because engines outlive and precede the service.
+and the dashboard's feed; starts and closes the scorer and closes the coordinator and the ledger.
+The engine pool's life belongs to whoever made it, because engines outlive and precede the service.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from rollout_server.health import HealthLimits
 from rollout_server.health_watch import HealthWatch
 from rollout_server.live_speculation import LiveSpeculation
 from rollout_server.metrics import MetricSources, ServiceMetrics
-from rollout_server.rollouts.execution import ExecutionParts
+from rollout_server.rollouts.group_run import ExecutionParts
+from rollout_server.rollouts.ledger import Ledger, NoLedger
+from rollout_server.rollouts.ledger_records import Forgotten
 from rollout_server.rollouts.registry import RolloutRegistry
+from rollout_server.rollouts.restoring import restore_requests
 from rollout_server.rollouts.result_store import ResultStore
 from rollout_server.router.router import Router
 from rollout_server.router.strategy import READY_STATES
@@ -55,6 +58,7 @@ class RolloutService:
         scoring: judges samples.
         coordinator: runs weight pushes over ``pool``.
         tokenizer: the served model's.
+        ledger: what outlives the process; nothing does without.
     """
 
     def __init__(
@@ -64,12 +68,15 @@ class RolloutService:
         scoring: Scorer,
         coordinator: Coordinator,
         tokenizer: Tokenizer,
+        ledger: Ledger | None = None,
     ) -> None:
         server = config.server
         self.config = config
         self._pool = pool
         self._scoring = scoring
         self._coordinator = coordinator
+        self._tokenizer = tokenizer
+        self._ledger = ledger if ledger is not None else NoLedger()
         self.live_speculation = LiveSpeculation(
             pool,
             config.speculation,
@@ -124,6 +131,7 @@ class RolloutService:
                 vllm_metrics_ages_s=self._scraper.ages_s,
                 speculation=self.status_poller.speculation,
                 policy_of=self.live_speculation.policy_of,
+                ledger=lambda: self._ledger.stats,
             )
         )
         self._pushes = ObservedPushes(coordinator, self.metrics.weights)
@@ -142,17 +150,23 @@ class RolloutService:
                 num_queued_samples=lambda: self.router.num_queued_samples,
             ),
         )
+        self._parts = ExecutionParts(
+            router=self.router,
+            scorer=scoring,
+            committed_version=lambda: coordinator.committed_version,
+            on_group=self._on_group,
+            on_group_seconds=self.metrics.observe_group_seconds,
+            ledger=self._ledger,
+        )
         self.rollouts = RolloutRegistry(
-            parts=ExecutionParts(
-                router=self.router,
-                scorer=scoring,
-                committed_version=lambda: coordinator.committed_version,
-                on_group=self._on_group,
-                on_group_seconds=self.metrics.observe_group_seconds,
-            ),
+            parts=self._parts,
             tokenizer=tokenizer,
             model=pool.model,
-            store=ResultStore(ttl_s=server.result_ttl_s, max_bytes=server.result_store_mib * MIB),
+            store=ResultStore(
+                ttl_s=server.result_ttl_s,
+                max_bytes=server.result_store_mib * MIB,
+                on_forget=lambda name: self._ledger.write(Forgotten(request_id=name)),
+            ),
         )
         self.completions = CompletionRunner(
             router=self.router,
@@ -178,6 +192,10 @@ class RolloutService:
         await self.status_poller.start()
         await self.dashboard.start()
 
+    async def restore(self) -> None:
+        """Take up what an earlier process has left in the ledger. Engines should be there."""
+        await restore_requests(self.rollouts, self._parts, self._tokenizer, self._pool.model)
+
     async def close(self) -> None:
         """End everything within about ``server.shutdown_timeout_s``. Idempotent."""
         await self.dashboard.close()
@@ -188,6 +206,7 @@ class RolloutService:
         await self._coordinator.close()
         await self._pushes.close()
         await self._scoring.close()
+        await self._ledger.close()
 
     def engines(self) -> EnginesResponse:
         """Every engine as of the last status poll."""

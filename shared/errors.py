@@ -177,3 +177,13 @@ def error_codes() -> frozenset[str]:
         return frozenset({kind.code}).union(*(below(child) for child in kind.__subclasses__()))
 
     return below(SlipstreamError)
+
+
+def error_of_code(code: str, message: str, param: str | None) -> SlipstreamError:
+    """An error that was noted by its code; of the base class where the code is not known."""
+    kinds: list[type[SlipstreamError]] = [SlipstreamError]
+    for kind in kinds:  # grows: parents before their children, who share a code with them
+        if kind.code == code:
+            return kind(message, param)
+        kinds.extend(kind.__subclasses__())
+    return SlipstreamError(message, param)

@@ -1,56 +1,38 @@
 """One rollout request being run, whoever listens: clients attach, leave and come back.
 
-Finished groups are kept as the JSON that goes out, encoded once: streams, answers and repeated
-fetches join the same bytes.
+A finished group goes to the ledger before anybody sees it. So what was delivered is never generated
+again under the same id, whatever happens to the server.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from time import monotonic
 
-from rollout_server.collaborators import Scorer
-from rollout_server.engine.protocol import GenerateRequest
-from rollout_server.rollouts.groups import (
-    EMPTY_USAGE,
-    SKIPPED,
-    add_usage,
-    build_group,
-    score_job,
-)
+from rollout_server.rollouts.group_run import ExecutionParts, Generate, run_group
+from rollout_server.rollouts.kept_groups import KeptGroup, KeptGroups, kept_group
+from rollout_server.rollouts.ledger_records import Ended, GroupFinished, RecordedError
 from rollout_server.rollouts.prompts import PreparedPrompt
-from rollout_server.router.router import Router
-from rollout_server.scoring.types import RewardResult, ScoreJob
 from rollout_server.tracing import span
-from shared.errors import ScoringError, SlipstreamError, UnavailableError, first_error
+from shared.errors import SlipstreamError, UnavailableError, first_error
 from shared.logging import log_context
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest, RolloutUsage
-from shared.types import FinishReason, RewardStatus, RolloutRunState
+from shared.types import FinishReason, RolloutRunState
 
 LOGGER = logging.getLogger(__name__)
 
 ABORT_REPEAT_S = 0.5
 """A group may have been on its way to an engine when it was to end."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExecutionParts:
-    """What every execution works with."""
-
-    router: Router
-    scorer: Scorer
-    committed_version: Callable[[], int]
-    on_group: Callable[[RolloutGroup, RolloutRequest], None]
-    """Told of every delivered group and what asked for it (metrics, dashboard)."""
-    on_group_seconds: Callable[[float], None] = lambda seconds: None
-    """Told how long it took, from acceptance to its scores."""
+OnEnd = Callable[["RolloutExecution", Ended | None], None]
+"""Called with how it ended, or None where the end of the server has interrupted it."""
 
 
 class RolloutExecution:
-    """Generates and scores all groups of one request. Its samples must have been accepted."""
+    """Generates and scores the groups that are missing. Their samples must have been accepted."""
 
     def __init__(
         self,
@@ -58,37 +40,60 @@ class RolloutExecution:
         request_id: str,
         digest: bytes,
         request: RolloutRequest,
-        prompts: Sequence[PreparedPrompt],
+        groups: KeptGroups,
         parts: ExecutionParts,
+        prompts: Sequence[PreparedPrompt] = (),
+        generate: Generate | None = None,
     ) -> None:
+        """
+        Args:
+            groups: those that are there already, of an earlier attempt or an earlier process.
+            prompts: of the groups that are missing.
+            generate: takes the place of the router.
+        """
         self.request_id = request_id
         self.digest = digest
         """Of the request's body; another body under the same id is a conflict."""
         self.state = RolloutRunState.RUNNING
         self.error: SlipstreamError | None = None
-        self.usage: RolloutUsage = EMPTY_USAGE
-        self.num_groups = len(prompts)
+        self.kept = groups
         self._request = request
         self._prompts = prompts
         self._parts = parts
+        self._generate = generate or parts.router.generate
         self._num_unsettled = len(prompts) * request.n
-        self._bodies: dict[int, bytes] = {}  # prompt_index -> JSON, in order of finishing
+        self._num_failed = 0
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
+    def usage(self) -> RolloutUsage:
+        """Tokens of the groups that are there."""
+        return self.kept.usage
+
+    @property
+    def num_groups(self) -> int:
+        """Groups there will be."""
+        return self.kept.num_groups
+
+    @property
     def num_finished_groups(self) -> int:
         """Groups that are there."""
-        return len(self._bodies)
+        return len(self.kept)
 
     @property
     def num_bytes(self) -> int:
         """Memory the kept groups take."""
-        return sum(len(body) for body in self._bodies.values())
+        return self.kept.num_bytes
 
-    def start(self, on_end: Callable[[RolloutExecution], None]) -> None:
+    def start(self, on_end: OnEnd) -> None:
         """Run in a task of its own; ``on_end`` is called once, when the state is final."""
         self._task = asyncio.create_task(self._run(on_end), name=f"rollout {self.request_id}")
+
+    def end_without_running(self, error: SlipstreamError | None) -> None:
+        """Be what ended in an earlier process."""
+        self.error = error
+        self.state = RolloutRunState.FINISHED if error is None else RolloutRunState.FAILED
 
     async def wait(self, timeout_s: float | None = None) -> None:
         """Until the state is final or ``timeout_s`` has passed. Never raises the run's error.
@@ -96,6 +101,8 @@ class RolloutExecution:
         Without a timeout the wait is bounded by the groups themselves
         (``engine.generate_timeout_s`` and ``server.engine_wait_timeout_s``).
         """
+        if self.state is not RolloutRunState.RUNNING:
+            return
         assert self._task is not None, "start() comes first"
         await asyncio.wait({self._task}, timeout=timeout_s)
 
@@ -103,11 +110,11 @@ class RolloutExecution:
         """JSON of every group in order of finishing, those of the past first."""
         num_seen = 0
         while True:
-            bodies = list(self._bodies.values())[num_seen:]
+            bodies = self.kept.bodies_after(num_seen)
             for body in bodies:
                 yield body
             num_seen += len(bodies)
-            if num_seen < len(self._bodies):
+            if num_seen < len(self.kept):
                 continue
             if self.state is not RolloutRunState.RUNNING:
                 return
@@ -116,7 +123,7 @@ class RolloutExecution:
     def ordered_groups(self) -> Iterator[bytes]:
         """JSON of every group, in the order of the prompts."""
         assert self.state is RolloutRunState.FINISHED, "only finished requests have a response"
-        return (self._bodies[index] for index in range(self.num_groups))
+        return self.kept.ordered_bodies()
 
     def response_body(self) -> bytes:
         """JSON of ``RolloutResponse``, groups in the order of the prompts."""
@@ -132,21 +139,19 @@ class RolloutExecution:
     async def abort(self) -> None:
         """Ask every unfinished group to end; they end with ``finish_reason: abort``."""
         unfinished = [
-            prompt.prompt_index
-            for prompt in self._prompts
-            if prompt.prompt_index not in self._bodies
+            prompt.prompt_index for prompt in self._prompts if prompt.prompt_index not in self.kept
         ]
         await asyncio.gather(
             *(self._parts.router.abort(self._group_id(index)) for index in unfinished)
         )
 
     async def cancel(self) -> None:
-        """Stop at once (shutdown): the state becomes FAILED."""
+        """Stop at once (shutdown): the state becomes FAILED, and in the ledger it goes on."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
 
-    async def _run(self, on_end: Callable[[RolloutExecution], None]) -> None:
+    async def _run(self, on_end: OnEnd) -> None:
         with log_context(request_id=self.request_id):
             started_s = monotonic()
             deadline_s = self._request.deadline_s
@@ -175,7 +180,8 @@ class RolloutExecution:
             await self.abort()
             await asyncio.sleep(ABORT_REPEAT_S)
 
-    async def _run_groups(self, on_end: Callable[[RolloutExecution], None]) -> None:
+    async def _run_groups(self, on_end: OnEnd) -> None:
+        is_interrupted = False
         try:
             async with asyncio.TaskGroup() as tasks:
                 for prompt in self._prompts:
@@ -184,6 +190,7 @@ class RolloutExecution:
         except* SlipstreamError as group:
             self._fail(first_error(group))
         except* asyncio.CancelledError:
+            is_interrupted = True
             self._fail(UnavailableError("the server is shutting down"))
         except* Exception as group:  # a bug of ours must not leave clients waiting
             LOGGER.error("rollout %s failed", self.request_id, exc_info=group)
@@ -192,79 +199,79 @@ class RolloutExecution:
             self._parts.router.accounts.settle(num_cancelled=self._num_unsettled)
             self._num_unsettled = 0
             self._prompts = ()  # ended executions are kept for their groups, which hold the ids
-            on_end(self)
+            on_end(self, None if is_interrupted else self._ending())
             self._notify()
 
     def _fail(self, error: SlipstreamError) -> None:
         self.error = self.error or error
         self.state = RolloutRunState.FAILED
 
+    def _ending(self) -> Ended:
+        error = self.error
+        return Ended(
+            request_id=self.request_id,
+            num_failed=self._num_failed,
+            error=None
+            if error is None
+            else RecordedError(code=error.code, message=error.message, param=error.param),
+            at_s=time.time(),
+        )
+
     async def _run_group(self, prompt: PreparedPrompt) -> None:
+        request = self._request
         group_id = self._group_id(prompt.prompt_index)
         with (
             log_context(group_id=group_id),
-            span("group", group_id=group_id, num_samples=self._request.n),
+            span("group", group_id=group_id, num_samples=request.n),
         ):
-            await self._generate_and_score(prompt, group_id)
+            started_s = monotonic()
+            try:
+                group = await run_group(prompt, group_id, request, self._parts, self._generate)
+                kept = kept_group(group)
+            except Exception:  # counted whatever it is, then passed on
+                self._num_failed += request.n
+                self._settle(num_failed=request.n)
+                raise
+            await self._deliver(group, kept, started_s)
 
-    async def _generate_and_score(self, prompt: PreparedPrompt, group_id: str) -> None:
-        request = self._request
-        started_s = monotonic()
-        try:
-            routed = await self._parts.router.generate(
-                GenerateRequest(
-                    request_id=group_id,
-                    prompt_token_ids=prompt.token_ids,
-                    n=request.n + request.over_provision,
-                    sampling=request.sampling,
-                    session_id=prompt.session_id,
-                ),
-                num_wanted=request.n,
+    async def _deliver(self, group: RolloutGroup, kept: KeptGroup, started_s: float) -> None:
+        num_cancelled = sum(sample.finish_reason is FinishReason.ABORT for sample in group.samples)
+        num_delivered = len(group.samples) - num_cancelled
+        is_cancelled = await self._is_cancelled_while_recording(
+            GroupFinished(
+                request_id=self.request_id,
+                group=kept,
+                num_delivered=num_delivered,
+                num_cancelled=num_cancelled,
             )
-            jobs = [score_job(prompt, sample, request.reward) for sample in routed.result.samples]
-            with span("score", num_samples=sum(job is not None for job in jobs)):
-                rewards = await asyncio.gather(*(self._score(job) for job in jobs))
-            group = build_group(
-                group_id=group_id,
-                prompt=prompt,
-                routed=routed,
-                rewards=rewards,
-                committed_version=self._parts.committed_version(),
-                max_policy_lag=request.max_policy_lag,
-            )
-            body = group.model_dump_json().encode()
-        except Exception:  # counted whatever it is, then passed on
-            self._settle(num_failed=request.n)
-            raise
-        num_cancelled = sum(
-            sample.finish_reason is FinishReason.ABORT for sample in routed.result.samples
         )
-        self._settle(num_delivered=request.n - num_cancelled, num_cancelled=num_cancelled)
-        self.usage = add_usage(self.usage, group)
-        self._bodies[prompt.prompt_index] = body
-        self._parts.on_group(group, request)
+        self._settle(num_delivered=num_delivered, num_cancelled=num_cancelled)
+        self.kept.add(kept)
+        self._parts.on_group(group, self._request)
         duration_s = monotonic() - started_s
         self._parts.on_group_seconds(duration_s)
-        spans = [s for sample in routed.result.samples for s in sample.weight_versions]
-        version = max((s.version for s in spans), default=None)
-        with log_context(engine_id=routed.result.engine_id, weight_version=version):
-            LOGGER.debug("group %s delivered in %.3f s", group_id, duration_s)
+        versions = [part.version for sample in group.samples for part in sample.weight_versions]
+        with log_context(
+            engine_id=group.samples[0].engine_id, weight_version=max(versions, default=None)
+        ):
+            LOGGER.debug("group %s delivered in %.3f s", group.group_id, duration_s)
         self._notify()
+        if is_cancelled:
+            raise asyncio.CancelledError
 
-    async def _score(self, job: ScoreJob | None) -> RewardResult:
-        if job is None:
-            return SKIPPED
+    async def _is_cancelled_while_recording(self, change: GroupFinished) -> bool:
+        """Return once the ledger has it. Or could not: it is delivered all the same then, since its
+        tokens are dear, and the ledger goes on trying."""
+        if not self._parts.ledger.is_kept:
+            return False
+        recorded = self._parts.ledger.write(change)
         try:
-            return await self._parts.scorer.score(job)
-        except ScoringError as exc:
-            # Tokens are dear: they are delivered even when the scoring pool is broken.
-            LOGGER.error("scoring for %s failed: %s", self.request_id, exc.message)
-            return RewardResult(
-                reward=None,
-                status=RewardStatus.ERROR,
-                detail={"error": exc.message},
-                duration_s=0.0,
-            )
+            await asyncio.wait({recorded})
+        except asyncio.CancelledError:
+            # What is on its way to the disk cannot be taken back, and counts as delivered there.
+            await asyncio.wait({recorded})
+            return True
+        return False
 
     def _settle(
         self, *, num_delivered: int = 0, num_failed: int = 0, num_cancelled: int = 0

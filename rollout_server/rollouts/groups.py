@@ -12,16 +12,12 @@ from shared.schemas.rollouts import (
     RewardSpec,
     RolloutGroup,
     RolloutSample,
-    RolloutUsage,
     SampleTimings,
     WeightVersionSpan,
 )
 from shared.types import FinishReason, RewardStatus
 
 SKIPPED = RewardResult(reward=None, status=RewardStatus.SKIPPED, duration_s=0.0)
-EMPTY_USAGE = RolloutUsage(
-    num_prompt_tokens=0, num_completion_tokens=0, num_draft_tokens=0, num_accepted_tokens=0
-)
 
 
 def policy_lag(spans: Sequence[WeightVersionSpan], committed_version: int) -> int:
@@ -91,17 +87,4 @@ def build_group(
         answer=prompt.answer,
         metadata=prompt.metadata,
         samples=samples,
-    )
-
-
-def add_usage(usage: RolloutUsage, group: RolloutGroup) -> RolloutUsage:
-    """``usage`` with the tokens of one more group; the prompt counts once per group."""
-    return RolloutUsage(
-        num_prompt_tokens=usage.num_prompt_tokens + len(group.prompt_token_ids),
-        num_completion_tokens=usage.num_completion_tokens
-        + sum(len(sample.token_ids) for sample in group.samples),
-        num_draft_tokens=usage.num_draft_tokens
-        + sum(sample.num_draft_tokens for sample in group.samples),
-        num_accepted_tokens=usage.num_accepted_tokens
-        + sum(sample.num_accepted_tokens for sample in group.samples),
     )

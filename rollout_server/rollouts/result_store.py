@@ -24,11 +24,21 @@ class ResultStore:
     """Bounded by age and bytes; the oldest go first."""
 
     def __init__(
-        self, *, ttl_s: float, max_bytes: int, clock: Callable[[], float] = monotonic
+        self,
+        *,
+        ttl_s: float,
+        max_bytes: int,
+        clock: Callable[[], float] = monotonic,
+        on_forget: Callable[[str], object] = lambda request_id: None,
     ) -> None:
+        """
+        Args:
+            on_forget: told the id of every result that is not kept (any longer).
+        """
         self._ttl_s = ttl_s
         self._max_bytes = max_bytes
         self._clock = clock
+        self._on_forget = on_forget
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # oldest first
         self.num_bytes = 0
 
@@ -47,6 +57,7 @@ class ResultStore:
                 num_bytes,
                 self._max_bytes,
             )
+            self._on_forget(execution.request_id)
             return
         self._entries[execution.request_id] = _Entry(
             execution=execution,
@@ -55,7 +66,7 @@ class ResultStore:
         )
         self.num_bytes += num_bytes
         while self.num_bytes > self._max_bytes:
-            self.remove(next(iter(self._entries)))
+            self._forget(next(iter(self._entries)))
 
     def get(self, request_id: str) -> RolloutExecution | None:
         """The ended execution, unless it is gone or too old."""
@@ -64,7 +75,7 @@ class ResultStore:
         return None if entry is None else entry.execution
 
     def remove(self, request_id: str) -> None:
-        """Forget one, if it is there."""
+        """Take one out that somebody else goes on with, if it is there."""
         entry = self._entries.pop(request_id, None)
         if entry is not None:
             self.num_bytes -= entry.num_bytes
@@ -76,7 +87,11 @@ class ResultStore:
             request_id, entry = next(iter(self._entries.items()))
             if entry.expires_at_s > now_s:
                 return
-            self.remove(request_id)
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self.remove(request_id)
+        self._on_forget(request_id)
 
 
 ENTRY_OVERHEAD_BYTES = 4096

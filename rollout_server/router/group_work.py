@@ -244,6 +244,13 @@ class GroupWork:
         return f"{self._request.request_id}/attempt={self._attempt}/{part}"
 
 
+def aborted_result(request: GenerateRequest) -> GenerateResult:
+    """Of a request that was aborted before any engine began it: ``n`` empty samples."""
+    work = GroupWork(request, lambda prompt, token_ids: "", may_continue=False)
+    work.end_as_aborted()
+    return GenerateResult(engine_id="", samples=work.samples(), generate_s=0.0)
+
+
 def _after(given: Prefix, gained: Prefix) -> Prefix:
     """Both, one behind the other; spans of one version that meet become one."""
     num_given = len(given.token_ids)

@@ -100,11 +100,12 @@ class Supervisor:
 
     def start_server(self) -> ServerAddress:
         """Start the server and return its address once it is ready for requests."""
-        # The run ends with its server: the trainer's checkpoint is what a resumed one goes on from.
+        # The run ends with its server: the trainer's checkpoint is what a resumed one goes on from,
+        # and it asks anew for the rollouts of the step.
         weights = self.config.weights.model_copy(update={"keep_on_stop": False})
         # Nobody is left to wait for rollouts whose trainer has ended.
-        server_config = self.config.server.model_copy(update={"drain_timeout_s": 0.0})
-        config = self.config.model_copy(update={"weights": weights, "server": server_config})
+        api = self.config.server.model_copy(update={"ledger": False, "drain_timeout_s": 0.0})
+        config = self.config.model_copy(update={"weights": weights, "server": api})
         config_path = write_config(config, self.run_dir / "config.yaml")
         log_path = self.run_dir / "server.log"
         server = self._start(

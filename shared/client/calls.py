@@ -44,7 +44,7 @@ def stream_rollouts(request: RolloutRequest) -> Call[StreamLine]:
     """Repeating it attaches to the running request, thanks to its ``request_id``.
 
     That is also why a broken stream is taken up with this call and not by fetching the result: a
-    server that was restarted meanwhile knows nothing of the request, and starts it.
+    server that does not know the request (any more) starts it.
     """
     return Call(
         what=f"rollouts {request.request_id}",

@@ -55,6 +55,11 @@ class RunConfig(SettingsModel):
         """Where the server records what it has committed."""
         return Path(self.weights.state_dir or self.run_dir / "weights")
 
+    @property
+    def rollout_ledger_file(self) -> Path:
+        """Where the server records rollout requests and finished groups (``server.ledger``)."""
+        return self.run_dir / "rollouts.sqlite3"
+
     @model_validator(mode="after")
     def speculation_needs_a_drafter(self) -> Self:
         if not self.drafter.enabled and self.speculation.mode is not SpeculationMode.OFF:

@@ -69,6 +69,9 @@ class ServerConfig(SettingsModel):
     """How long a server that got SIGTERM lets accepted requests finish while it refuses new ones
     with 503; ``slipstream run`` does not wait. Whoever kills it after a while must leave it this
     time and ``shutdown_timeout_s`` together."""
+    ledger: bool = True
+    """Record accepted requests and finished groups in ``<run_dir>/rollouts.sqlite3``, so that they
+    survive a restart of the server, a kill included; kept as long as the two settings above say."""
     shutdown_timeout_s: float = Field(default=30.0, gt=0)
     status_poll_s: float = Field(default=0.5, gt=0)
     """How often engine load is read for routing and metrics."""

@@ -26,6 +26,7 @@ async def serving(
         port: of a server that was there before; 0 picks a free one.
     """
     await service.start()
+    await service.restore()
     options = service.config.server
     config = uvicorn.Config(
         create_app(service, api_keys),

@@ -10,6 +10,7 @@ import httpx
 
 from rollout_server.api.app import create_app
 from rollout_server.collaborators import Tokenizer
+from rollout_server.rollouts.ledger import Ledger
 from rollout_server.scoring.types import RewardResult, ScoreJob
 from rollout_server.service import RolloutService
 from shared.api_keys import ApiKeys
@@ -120,6 +121,7 @@ def fake_service(
     coordinator: FakeCoordinator | None = None,
     tokenizer: Tokenizer | None = None,
     server: dict[str, object] | None = None,
+    ledger: Ledger | None = None,
     max_num_seqs: int = 8,
     engine: dict[str, object] | None = None,
 ) -> RolloutService:
@@ -143,6 +145,7 @@ def fake_service(
         scorer or FakeScorer(),
         coordinator or FakeCoordinator(),
         tokenizer or FakeTokenizer(),
+        ledger,
     )
 
 
@@ -152,6 +155,7 @@ async def running(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Start the service, hand out a client of its API, and check the books at the end."""
     await service.start()
+    await service.restore()
     transport = httpx.ASGITransport(create_app(service, api_keys), raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -117,6 +117,7 @@ def test_a_run_serves_trains_reports_and_leaves_nothing_behind(workplace: Path) 
     assert (run_dir / "report.html").exists()
     served = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert served["weights"]["keep_on_stop"] is False, "the trainer's checkpoint is what is kept"
+    assert served["server"]["ledger"] is False, "and it asks anew for the rollouts of the step"
     assert (workplace / "runs" / "latest").resolve() == run_dir.resolve()
     assert nothing_is_left(run_dir)
 

@@ -1,0 +1,100 @@
+"""One group from its prompt to its scores: generated, judged, put together. Keeps nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from rollout_server.collaborators import Scorer
+from rollout_server.engine.protocol import GenerateRequest
+from rollout_server.rollouts.groups import SKIPPED, build_group, score_job
+from rollout_server.rollouts.ledger import Ledger
+from rollout_server.rollouts.prompts import PreparedPrompt
+from rollout_server.router.group_work import aborted_result
+from rollout_server.router.router import RoutedResult, Router
+from rollout_server.scoring.types import RewardResult, ScoreJob
+from rollout_server.tracing import span
+from shared.errors import ScoringError
+from shared.schemas.rollouts import RolloutGroup, RolloutRequest
+from shared.types import RewardStatus
+
+LOGGER = logging.getLogger(__name__)
+
+
+class Generate(Protocol):
+    """``Router.generate``, or what takes its place."""
+
+    def __call__(self, request: GenerateRequest, *, num_wanted: int) -> Awaitable[RoutedResult]: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionParts:
+    """What every execution works with."""
+
+    router: Router
+    scorer: Scorer
+    committed_version: Callable[[], int]
+    ledger: Ledger
+    on_group: Callable[[RolloutGroup, RolloutRequest], None]
+    """Told of every delivered group and what asked for it (metrics, dashboard)."""
+    on_group_seconds: Callable[[float], None] = lambda seconds: None
+    """Told how long it took, from acceptance to its scores."""
+
+
+async def run_group(
+    prompt: PreparedPrompt,
+    group_id: str,
+    request: RolloutRequest,
+    parts: ExecutionParts,
+    generate: Generate,
+) -> RolloutGroup:
+    """
+    Raises:
+        EngineError, UnavailableError: as ``Router.generate``.
+    """
+    routed = await generate(
+        GenerateRequest(
+            request_id=group_id,
+            prompt_token_ids=prompt.token_ids,
+            n=request.n + request.over_provision,
+            sampling=request.sampling,
+            session_id=prompt.session_id,
+        ),
+        num_wanted=request.n,
+    )
+    jobs = [score_job(prompt, sample, request.reward) for sample in routed.result.samples]
+    with span("score", num_samples=sum(job is not None for job in jobs)):
+        rewards = await asyncio.gather(*(_score(job, parts.scorer, group_id) for job in jobs))
+    return build_group(
+        group_id=group_id,
+        prompt=prompt,
+        routed=routed,
+        rewards=rewards,
+        committed_version=parts.committed_version(),
+        max_policy_lag=request.max_policy_lag,
+    )
+
+
+async def ended_before_it_began(request: GenerateRequest, *, num_wanted: int) -> RoutedResult:
+    """Takes the router's place for a request that was aborted before the server was restarted."""
+    result = aborted_result(replace(request, n=num_wanted))
+    return RoutedResult(result=result, queue_s=0.0, num_attempts=0)
+
+
+async def _score(job: ScoreJob | None, scorer: Scorer, group_id: str) -> RewardResult:
+    if job is None:
+        return SKIPPED
+    try:
+        return await scorer.score(job)
+    except ScoringError as exc:
+        # Tokens are dear: they are delivered even when the scoring pool is broken.
+        LOGGER.error("scoring for %s failed: %s", group_id, exc.message)
+        return RewardResult(
+            reward=None,
+            status=RewardStatus.ERROR,
+            detail={"error": exc.message},
+            duration_s=0.0,
+        )
