@@ -35,6 +35,12 @@ CHALLENGES = {
 }
 """``WWW-Authenticate`` by error code (RFC 6750, section 3)."""
 
+DOCUMENTED_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The caller's fault, or too much at once (429)"},
+    "5XX": {"model": ErrorResponse, "description": "The server's fault, or no engine (503)"},
+}
+"""For OpenAPI, at every route."""
+
 _FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _UNION_TAGS = frozenset({"str", "int", "float", "bool", "list", "dict", "none", "nullable"})
 

@@ -65,6 +65,8 @@ class RolloutExecution:
         self.error: SlipstreamError | None = None
         self.usage: RolloutUsage = EMPTY_USAGE
         self.num_groups = len(prompts)
+        self.num_clients = 0
+        """Whose answers wait for it (see ``RolloutRegistry.attended``)."""
         self._request = request
         self._prompts = prompts
         self._parts = parts
@@ -72,6 +74,20 @@ class RolloutExecution:
         self._bodies: dict[int, bytes] = {}  # prompt_index -> JSON, in order of finishing
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def outlives_clients(self) -> bool:
+        """Its caller gave it a name by which to ask again."""
+        return self._request.request_id is not None
+
+    @property
+    def is_abandoned(self) -> bool:
+        """It runs for nobody."""
+        return (
+            self.state is RolloutRunState.RUNNING
+            and self.num_clients == 0
+            and not self.outlives_clients
+        )
 
     @property
     def num_finished_groups(self) -> int:

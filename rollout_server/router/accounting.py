@@ -25,13 +25,21 @@ class SampleAccounts:
         Raises:
             OverloadedError: they would exceed ``server.limits.max_pending_samples``.
         """
+        self.check_room(num_samples)
+        self.num_accepted += num_samples
+        self.num_pending += num_samples
+
+    def check_room(self, num_samples: int) -> None:
+        """Whether ``accept`` would take them now.
+
+        Raises:
+            OverloadedError: as ``accept``.
+        """
         if self.num_pending + num_samples > self.max_pending_samples:
             raise OverloadedError(
                 f"{num_samples} samples on top of {self.num_pending} pending ones exceed "
                 f"server.limits.max_pending_samples {self.max_pending_samples}"
             )
-        self.num_accepted += num_samples
-        self.num_pending += num_samples
 
     def settle(
         self, *, num_delivered: int = 0, num_failed: int = 0, num_cancelled: int = 0
