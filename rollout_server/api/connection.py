@@ -11,9 +11,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from rollout_server.api.errors import HttpError
-
-CLIENT_CLOSED_REQUEST = 499
+from rollout_server.api.errors import client_closed
 
 ResultT = TypeVar("ResultT")
 
@@ -31,7 +29,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, ResultT]) 
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise HttpError(CLIENT_CLOSED_REQUEST, "client_closed", "the client went away")
+        raise client_closed()
     finally:
         task.cancel()
         watcher.cancel()

@@ -75,6 +75,21 @@ async def test_work_still_queued_ends_with_its_client_too(stream: bool) -> None:
         assert service.router.accounts.num_delivered == 4
 
 
+async def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_the_server() -> None:
+    async with stuck_service() as (engine, service, url):
+        _, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        head = "POST /v1/rollouts HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        writer.write(f'{head}Content-Length: 100\r\n\r\n{{"prompts":'.encode())
+        await until(lambda: "in_progress 1.0" in service.metrics.render().decode(), "the request")
+        writer.transport.abort()
+        answered = 'route="/v1/rollouts",status="499"} 1.0'
+        await until(lambda: answered in service.metrics.render().decode(), "its end")
+        assert 'slipstream_errors_total{code="internal_error"} 0.0' in (
+            service.metrics.render().decode()
+        )
+        assert engine.requests == []
+
+
 async def test_a_stream_that_somebody_else_follows_goes_on() -> None:
     async with stuck_service() as (engine, service, url), httpx.AsyncClient(timeout=30) as other:
         async with httpx.AsyncClient() as client:
