@@ -217,9 +217,17 @@ class RolloutExecution:
                     sampling=request.sampling,
                 )
             )
-            jobs = [score_job(prompt, sample, request.reward) for sample in routed.result.samples]
-            with span("score", num_samples=sum(job is not None for job in jobs)):
-                rewards = await asyncio.gather(*(self._score(job) for job in jobs))
+            jobs = {
+                index: job
+                for index, sample in enumerate(routed.result.samples)
+                if (job := score_job(prompt, sample, request.reward)) is not None
+            }
+            rewards = [SKIPPED] * request.n
+            with span("score", num_samples=len(jobs)):
+                # A task per sample is dear where nothing is scored.
+                results = await asyncio.gather(*map(self._score, jobs.values())) if jobs else []
+            for index, result in zip(jobs, results, strict=True):
+                rewards[index] = result
             group = build_group(
                 group_id=group_id,
                 prompt=prompt,
@@ -247,9 +255,7 @@ class RolloutExecution:
             LOGGER.debug("group %s delivered in %.3f s", group_id, duration_s)
         self._notify()
 
-    async def _score(self, job: ScoreJob | None) -> RewardResult:
-        if job is None:
-            return SKIPPED
+    async def _score(self, job: ScoreJob) -> RewardResult:
         try:
             return await self._parts.scorer.score(job)
         except ScoringError as exc:
