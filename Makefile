@@ -12,7 +12,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: help setup run serve calibrate test test-fast proof faults-weights lint types fmt bench gpu-check clean
+.PHONY: help setup run serve calibrate test test-fast proof faults-weights fuzz lint types fmt bench gpu-check clean
 
 help: ## This list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ proof: setup ## The long tests: real engines and statistics; writes docs/proof.m
 faults-weights: setup ## Hundreds of damaged pushes and 60 kills inside the update window, half an hour
 	$(TEST_ENV) $(BIN)/python -m tests.chaos.faults $(ARGS)
 
+fuzz: setup ## Schemathesis, raw bodies and clients that leave, against the server: no 5xx, no leak (ARGS=...)
+	$(TEST_ENV) $(BIN)/python -m tests.fuzz $(ARGS)
+
 lint: setup ## ruff, no changes made
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,8 +59,8 @@ fmt: setup ## Format and apply the safe fixes
 bench: setup ## Every benchmark, one after the other
 	@$(BIN)/slipstream bench --all
 
-bench-%: setup ## One benchmark: make bench-NAME
-	@$(BIN)/slipstream bench $(subst -,_,$*)
+bench-%: setup ## One benchmark: make bench-NAME (ARGS=...)
+	@$(BIN)/slipstream bench $(subst -,_,$*) $(ARGS)
 
 gpu-check: EXTRA := cuda
 gpu-check: setup ## On a CUDA machine: every gpu test and the GPU benchmarks, one JSON (ARGS=...)

@@ -12,12 +12,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import uvicorn
-
-from rollout_server.api.app import create_app
 from rollout_server.draining import StopSignals, StopWish, drain
 from rollout_server.engine.cluster import leave_cluster, start_or_join_cluster
 from rollout_server.engine.pool import RayEnginePool
+from rollout_server.http_server import http_server, serve_quietly
 from rollout_server.model_info import read_model_info, resolve_device
 from rollout_server.rollouts.ledger import Ledger, NoLedger, RolloutLedger
 from rollout_server.scoring.pool import ScoringPool
@@ -109,19 +107,8 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
                     await starting
                 return
             service, ray_address = await starting
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    create_app(service, api_keys),
-                    log_level="warning",
-                    log_config=None,  # its lines go through ours, in the configured format
-                    access_log=False,
-                    timeout_graceful_shutdown=int(config.server.shutdown_timeout_s),
-                    lifespan="off",
-                    ssl_certfile=config.server.tls_certificate_file,
-                    ssl_keyfile=config.server.tls_key_file,
-                )
-            )
-            serving = asyncio.create_task(_serve_quietly(server, listener), name="uvicorn")
+            server = http_server(service, api_keys)
+            serving = asyncio.create_task(serve_quietly(server, listener), name="uvicorn")
             port = listener.getsockname()[1]
             url = f"{config.server.url_scheme}://{_local_host(config.server.host)}:{port}"
             logger.info("serving on %s, %d API keys", url, len(api_keys))
@@ -142,9 +129,6 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
         ready_file.unlink(missing_ok=True)
 
 
-async def _serve_quietly(server: uvicorn.Server, listener: socket.socket) -> None:
-    # ``_serve`` is ``serve`` without uvicorn's own signal handling, which would race with ours.
-    await server._serve(sockets=[listener])
 
 
 def _listen(config: RunConfig) -> socket.socket:

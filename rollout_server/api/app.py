@@ -10,7 +10,7 @@ from rollout_server.api import control_plane, dashboard, data_plane, openai, ope
 from rollout_server.api.access import Authentication, check_every_route_has_a_scope
 from rollout_server.api.bodies import install_openapi
 from rollout_server.api.compression import Compression
-from rollout_server.api.errors import install_error_handlers
+from rollout_server.api.errors import DOCUMENTED_ERRORS, install_error_handlers
 from rollout_server.api.middleware import BodyLimit, RequestContext
 from rollout_server.service import RolloutService
 from shared.api_keys import ApiKeys
@@ -33,7 +33,7 @@ def create_app(service: RolloutService, api_keys: ApiKeys | None = None) -> Fast
     app.state.service = service
     app.state.api_keys = keys
     for plane in (data_plane, openai, control_plane, operations, dashboard):
-        app.include_router(plane.router)
+        app.include_router(plane.router, responses=DOCUMENTED_ERRORS)
     check_every_route_has_a_scope(app.routes)
     install_error_handlers(app)
     install_openapi(app)

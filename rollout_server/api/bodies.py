@@ -12,9 +12,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
+from starlette.requests import ClientDisconnect
 
 from rollout_server.api.access import describe_security
-from rollout_server.api.errors import BodyError, HttpError
+from rollout_server.api.errors import BodyError, HttpError, client_closed
 from rollout_server.api.formats import JSON_TYPE, MSGPACK_TYPE, json_of_msgpack
 from shared.schemas.base import ErrorResponse
 from shared.schemas.chat import ChatCompletionRequest
@@ -45,7 +46,7 @@ async def read_body(request: Request, model: type[ModelT]) -> ModelT:
 
     Raises:
         HttpError: 415, the body claims to be neither JSON nor MessagePack; 400, it is no
-            MessagePack.
+            MessagePack; 499, the client left before it was complete.
         BodyError: it is not JSON, or does not fit the model.
         TooLargeError: from ``middleware``, above ``server.limits.max_body_bytes``.
     """
@@ -58,7 +59,10 @@ async def read_body(request: Request, model: type[ModelT]) -> ModelT:
             "unsupported_media_type",
             f"Content-Type must be {JSON_TYPE} or {MSGPACK_TYPE}, not {content_type[:100]!r}",
         )
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect as exc:
+        raise client_closed() from exc
     if media_type == MSGPACK_TYPE:
         try:
             body = json_of_msgpack(body)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 
 from rollout_server.api.access import needs
 from rollout_server.api.bodies import body_of, read_body
+from rollout_server.api.connection import AttendedStream, while_connected
 from rollout_server.api.dependencies import Service
 from rollout_server.api.errors import error_body, slipstream_error_response
 from rollout_server.api.formats import (
@@ -45,18 +45,24 @@ NDJSON_TYPE = "application/x-ndjson"
 async def post_rollouts(request: Request, service: Service) -> Response:
     """Generate and score ``n`` samples per prompt.
 
-    The request goes on when the client goes away; post it again, or fetch it by its id.
+    With a `request_id` of its own, a request goes on when its client goes away: post it again, or
+    fetch it by its id. Without one it is aborted, since nobody could ask for it again.
     """
     body = await read_body(request, RolloutRequest)
     check_rollout(body, service.config.server.limits, service.model)
     execution = await service.rollouts.submit(body)
     as_msgpack = wants_msgpack(request)
+    attended = service.rollouts.attended(execution)
     if body.stream:
         lines = _lines(execution)
         if as_msgpack:
-            return StreamingResponse(msgpack_lines(lines), media_type=MSGPACK_TYPE)
-        return StreamingResponse(lines, media_type=NDJSON_TYPE)
-    await execution.wait()
+            return AttendedStream(msgpack_lines(lines), MSGPACK_TYPE, attended)
+        return AttendedStream(lines, NDJSON_TYPE, attended)
+    with attended:
+        if execution.outlives_clients:
+            await execution.wait()
+        else:
+            await while_connected(request, execution.wait())
     if execution.error is not None:
         return slipstream_error_response(execution.error)
     if as_msgpack:

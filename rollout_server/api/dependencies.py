@@ -9,7 +9,8 @@ from fastapi import Depends, Request
 from rollout_server.service import RolloutService
 
 
-def _service(request: Request) -> RolloutService:
+async def _service(request: Request) -> RolloutService:
+    # A coroutine, though there is nothing to wait for: FastAPI runs plain functions in a thread.
     service = request.app.state.service
     assert isinstance(service, RolloutService)
     return service

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from rollout_server.api.noted_errors import note_error
 from shared.errors import SlipstreamError
@@ -28,12 +29,19 @@ MAX_SHOWN_PROBLEMS = 3
 MAX_MESSAGE_CHARACTERS = 2000
 """Messages quote what was sent, and what was sent may be long."""
 
+CLIENT_CLOSED_REQUEST = 499
 CHALLENGES = {
     "unauthenticated": 'Bearer realm="slipstream"',
     "invalid_api_key": 'Bearer realm="slipstream", error="invalid_token"',
     "forbidden": 'Bearer realm="slipstream", error="insufficient_scope"',
 }
 """``WWW-Authenticate`` by error code (RFC 6750, section 3)."""
+
+DOCUMENTED_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The caller's fault, or too much at once (429)"},
+    "5XX": {"model": ErrorResponse, "description": "The server's fault, or no engine (503)"},
+}
+"""For OpenAPI, at every route."""
 
 _FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _UNION_TAGS = frozenset({"str", "int", "float", "bool", "list", "dict", "none", "nullable"})
@@ -56,6 +64,11 @@ class HttpError(Exception):
         self.code = code
         self.message = message
         self.param = param
+
+
+def client_closed() -> HttpError:
+    """Nobody will read it; logs and metrics do."""
+    return HttpError(CLIENT_CLOSED_REQUEST, "client_closed", "the client went away")
 
 
 def error_body(error: SlipstreamError) -> ErrorBody:
@@ -178,7 +191,19 @@ def install_error_handlers(app: FastAPI) -> None:
         )
         response = error_response(exc.status_code, body)
         response.headers.update(exc.headers or {})
+        if exc.status_code == 405:
+            # Starlette names the methods of one route only, and a path may have several.
+            response.headers["Allow"] = ", ".join(_allowed_methods(request))
         return response
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    methods: set[str] = set()
+    for route in request.app.routes:
+        match, _ = route.matches(request.scope)
+        if match is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)
 
 
 def _one_per_field(problems: Sequence[Any]) -> list[Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
@@ -14,8 +12,9 @@ from pydantic import BaseModel
 
 from rollout_server.api.access import needs
 from rollout_server.api.bodies import body_of, json_response, read_body
+from rollout_server.api.connection import while_connected
 from rollout_server.api.dependencies import Service
-from rollout_server.api.errors import HttpError, error_body
+from rollout_server.api.errors import error_body
 from rollout_server.api.limits import check_chat, check_completion
 from rollout_server.api.noted_errors import note_error
 from rollout_server.completions.chat import ChatChunks, chat_response
@@ -34,11 +33,8 @@ from shared.types import ApiScope
 router = APIRouter(tags=["openai"], dependencies=needs(ApiScope.ROLLOUT))
 
 STARTED = int(time.time())
-CLIENT_CLOSED_REQUEST = 499
 EVENTS: dict[str, object] = {"text/event-stream": {}}
 """For OpenAPI: what ``stream`` answers with."""
-
-ResultT = TypeVar("ResultT")
 
 
 @router.get("/v1/models")
@@ -66,7 +62,7 @@ async def post_completions(request: Request, service: Service) -> Response:
     check_completion(body, service.config.server.limits, service.model)
     job = await service.completions.prepare(body)
     if not body.stream:
-        return json_response(await _while_connected(request, service.completions.run(job)))
+        return json_response(await while_connected(request, service.completions.run(job)))
     return await _stream(request, service.completions.stream(job), lambda chunk: chunk)
 
 
@@ -83,7 +79,7 @@ async def post_chat_completions(request: Request, service: Service) -> Response:
     check_chat(body, limits, service.model)
     job = await service.completions.prepare_chat(body, max_tokens_limit=limits.max_tokens)
     if not body.stream:
-        completion = await _while_connected(request, service.completions.run(job))
+        completion = await while_connected(request, service.completions.run(job))
         return json_response(chat_response(completion))
     return await _stream(request, service.completions.stream(job), ChatChunks().chunk)
 
@@ -94,7 +90,7 @@ async def _stream(
     translate: Callable[[CompletionResponse], BaseModel],
 ) -> Response:
     # The first chunk is awaited here: what fails before it still gets a status of its own.
-    first = await _while_connected(request, anext(chunks))
+    first = await while_connected(request, anext(chunks))
     return StreamingResponse(_events(first, chunks, translate), media_type="text/event-stream")
 
 
@@ -119,27 +115,6 @@ async def _events(
 
 def _event(chunk: BaseModel) -> bytes:
     return b"data: %b\n\n" % chunk.model_dump_json().encode()
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, ResultT]) -> ResultT:
-    """Run ``work``, or cancel it when the client disconnects."""
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(_disconnected(request))
-    try:
-        # Bounded by the engines' own timeouts, which end ``work``.
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise HttpError(CLIENT_CLOSED_REQUEST, "client_closed", "the client went away")
-    finally:
-        task.cancel()
-        watcher.cancel()
-        await asyncio.wait({task, watcher})
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _card(service: Service) -> ModelCard:

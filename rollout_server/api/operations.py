@@ -6,6 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 
 from rollout_server.api.access import needs
 from rollout_server.api.bodies import json_response
@@ -36,7 +37,12 @@ async def readyz(service: Service) -> Response:
     return json_response(service.readiness())
 
 
-@router.get("/metrics", response_model=None, dependencies=needs(ApiScope.METRICS, ApiScope.ADMIN))
+@router.get(
+    "/metrics",
+    response_model=None,
+    response_class=PlainTextResponse,
+    dependencies=needs(ApiScope.METRICS, ApiScope.ADMIN),
+)
 async def metrics(service: Service) -> Response:
     """Prometheus text format: the server's own metrics, then vLLM's of every engine."""
     return Response(await service.scrape(), media_type=PROMETHEUS_TEXT)

@@ -57,6 +57,8 @@ class RolloutExecution:
         self.state = RolloutRunState.RUNNING
         self.error: SlipstreamError | None = None
         self.kept = groups
+        self.num_clients = 0
+        """Whose answers wait for it (see ``RolloutRegistry.attended``)."""
         self._request = request
         self._prompts = prompts
         self._parts = parts
@@ -75,6 +77,20 @@ class RolloutExecution:
     def num_groups(self) -> int:
         """Groups there will be."""
         return self.kept.num_groups
+
+    @property
+    def outlives_clients(self) -> bool:
+        """Its caller gave it a name by which to ask again."""
+        return self._request.request_id is not None
+
+    @property
+    def is_abandoned(self) -> bool:
+        """It runs for nobody."""
+        return (
+            self.state is RolloutRunState.RUNNING
+            and self.num_clients == 0
+            and not self.outlives_clients
+        )
 
     @property
     def num_finished_groups(self) -> int:

@@ -65,9 +65,18 @@ async def run_group(
         ),
         num_wanted=request.n,
     )
-    jobs = [score_job(prompt, sample, request.reward) for sample in routed.result.samples]
-    with span("score", num_samples=sum(job is not None for job in jobs)):
-        rewards = await asyncio.gather(*(_score(job, parts.scorer, group_id) for job in jobs))
+    jobs = {
+        index: job
+        for index, sample in enumerate(routed.result.samples)
+        if (job := score_job(prompt, sample, request.reward)) is not None
+    }
+    rewards = [SKIPPED] * request.n
+    with span("score", num_samples=len(jobs)):
+        # A task per sample is dear where nothing is scored.
+        scored = (_score(job, parts.scorer, group_id) for job in jobs.values())
+        results = await asyncio.gather(*scored) if jobs else []
+    for index, result in zip(jobs, results, strict=True):
+        rewards[index] = result
     return build_group(
         group_id=group_id,
         prompt=prompt,
@@ -84,9 +93,7 @@ async def ended_before_it_began(request: GenerateRequest, *, num_wanted: int) ->
     return RoutedResult(result=result, queue_s=0.0, num_attempts=0)
 
 
-async def _score(job: ScoreJob | None, scorer: Scorer, group_id: str) -> RewardResult:
-    if job is None:
-        return SKIPPED
+async def _score(job: ScoreJob, scorer: Scorer, group_id: str) -> RewardResult:
     try:
         return await scorer.score(job)
     except ScoringError as exc:

@@ -8,8 +8,11 @@ that are missing. With a ledger all this outlives the process.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 
 from rollout_server.collaborators import Tokenizer
@@ -24,6 +27,8 @@ from rollout_server.rollouts.result_store import ResultStore
 from shared.errors import ConflictError, UnavailableError, UnknownResourceError
 from shared.schemas.rollouts import RolloutRequest
 from shared.types import RolloutRunState
+
+LOGGER = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 30.0
 
@@ -46,6 +51,7 @@ class RolloutRegistry:
         self._running: dict[str, RolloutExecution] = {}
         self._accepting: dict[str, asyncio.Task[None]] = {}
         """Of the running ones, those that wait for the ledger."""
+        self._abandoned: set[asyncio.Task[None]] = set()
         self._closing = False
 
     async def submit(self, request: RolloutRequest) -> RolloutExecution:
@@ -65,6 +71,9 @@ class RolloutRegistry:
         existing = self._reusable(request_id, digest)
         if existing is not None:
             return await self._accepted(existing)
+        # Before anything is tokenized: a server with too much to do refuses cheaply.
+        accounts = self._parts.router.accounts
+        accounts.check_room(len(request.prompts) * request.n)
         if request.reward is not None:
             self._parts.scorer.validate_reward(request.reward)
         prompts = await asyncio.to_thread(
@@ -84,7 +93,7 @@ class RolloutRegistry:
         groups = KeptGroups(len(prompts), () if failed is None else failed.kept)
         left = missing(prompts, groups)
         num_samples = len(left) * request.n
-        self._parts.router.accounts.reserve(num_samples)
+        accounts.reserve(num_samples)
         execution = RolloutExecution(
             request_id=request_id,
             digest=digest,
@@ -145,16 +154,42 @@ class RolloutRegistry:
             UnknownResourceError: as ``find``.
         """
         execution = await self._accepted(self.find(request_id))
+        await self._abort(execution)
+        return execution
+
+    @contextmanager
+    def attended(self, execution: RolloutExecution) -> Iterator[None]:
+        """While a client waits for ``execution``. One that nobody can ask for again is aborted when
+        its last client leaves before it has ended."""
+        execution.num_clients += 1
+        try:
+            yield
+        finally:
+            execution.num_clients -= 1
+            if execution.is_abandoned:
+                LOGGER.info("rollout %s: its client went away", execution.request_id)
+                task = asyncio.create_task(
+                    self._abort(execution), name=f"abandoned {execution.request_id}"
+                )
+                self._abandoned.add(task)
+                task.add_done_callback(self._abandoned.discard)
+
+    async def _abort(self, execution: RolloutExecution) -> None:
         if execution.state is RolloutRunState.RUNNING:
             # First, so that a server that is killed now does not take it up again. If it cannot be
             # written, the request is ended all the same.
-            await asyncio.wait({self._parts.ledger.write(AbortAsked(request_id=request_id))})
+            asked = AbortAsked(request_id=execution.request_id)
+            await asyncio.wait({self._parts.ledger.write(asked)})
         deadline_s = monotonic() + ABORT_TIMEOUT_S
         while execution.state is RolloutRunState.RUNNING and monotonic() < deadline_s:
             # Repeated: a group may be on its way to an engine and not there yet.
             await execution.abort()
             await execution.wait(timeout_s=ABORT_REPEAT_S)
-        return execution
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have not ended."""
+        return len(self._running)
 
     def sweep(self) -> None:
         """Forget results that are too old."""

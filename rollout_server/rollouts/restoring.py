@@ -67,7 +67,7 @@ def _take_up(found: RestoredRequest, registry: RolloutRegistry, parts: Execution
     execution = RolloutExecution(
         request_id=kept.request_id,
         digest=found.digest,
-        request=found.request,
+        request=found.request.model_copy(update={"request_id": kept.request_id}),
         prompts=found.prompts,
         groups=found.groups,
         parts=parts,

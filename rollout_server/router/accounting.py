@@ -62,11 +62,21 @@ class SampleAccounts:
             UnavailableError: nothing new is accepted any more.
             OverloadedError: they would exceed ``server.limits.max_pending_samples``.
         """
-        self.reserve(num_samples)
+        self.check_room(num_samples)
+        self._num_reserved += num_samples
         self.admit(num_samples)
 
     def reserve(self, num_samples: int) -> None:
         """Hold room for samples that are about to be taken on; ``admit`` or ``release`` follows.
+
+        Raises:
+            as ``accept``.
+        """
+        self.check_room(num_samples)
+        self._num_reserved += num_samples
+
+    def check_room(self, num_samples: int) -> None:
+        """Whether ``accept`` would take them now.
 
         Raises:
             as ``accept``.
@@ -79,7 +89,6 @@ class SampleAccounts:
                 f"{num_samples} samples on top of {num_held} pending ones exceed "
                 f"server.limits.max_pending_samples {self.max_pending_samples}"
             )
-        self._num_reserved += num_samples
 
     def admit(self, num_samples: int) -> None:
         """Take on what was reserved."""

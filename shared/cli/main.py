@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from shared.cli import services
+from shared.cli.bench import bench_app
 from shared.cli.config import config_app
 from shared.cli.doctor import doctor
 from shared.cli.engines import engines_app, pause, resume
@@ -39,7 +40,7 @@ app.add_typer(speculation_app, name="speculation")
 app.add_typer(weights_app, name="weights")
 app.command("make-model")(services.make_model)
 app.command()(services.calibrate)
-app.command()(services.bench)
+app.add_typer(bench_app, name="bench")
 app.command()(doctor)
 app.add_typer(config_app, name="config")
 

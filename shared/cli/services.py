@@ -1,11 +1,7 @@
-"""Commands that start processes: ``serve``, ``train``, ``run``, ``make-model``, ``calibrate``,
-``bench``."""
+"""Commands that start processes: ``serve``, ``train``, ``run``, ``make-model``, ``calibrate``."""
 
 from __future__ import annotations
 
-import importlib.util
-import pkgutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +16,7 @@ from shared.cli.options import (
     resolve_server_config,
     resolve_serving_config,
 )
-from shared.cli.output import print_json, stderr_console
+from shared.cli.output import stderr_console
 from shared.cli.processes import run_module
 from shared.cli.run_directory import claim_run_directory, write_config
 from shared.cli.supervisor import RunFailedError, Supervisor
@@ -142,40 +138,3 @@ def calibrate(
             arguments += ["--output", str(output)]
         code = run_module("rollout_server.calibrate", arguments)
     raise typer.Exit(code)
-
-
-def bench(
-    name: Annotated[
-        str | None, typer.Argument(help="Benchmark; without it they are listed.")
-    ] = None,
-    run_all: Annotated[bool, typer.Option("--all", help="Run every benchmark in turn.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Run a benchmark; its figures go to benchmarks/results/."""
-    names = benchmark_names()
-    if name is None and not run_all:
-        print_json(list(names)) if as_json else typer.echo("\n".join(names) or "no benchmarks")
-        return
-    if name is not None:
-        name = name.replace("-", "_")  # as make targets are spelt
-    if name is not None and name not in names:
-        known = ", ".join(names) or "none"
-        raise ConfigurationError(f"no benchmark {name!r}; there are: {known}", param="NAME")
-    codes = [run_module(f"benchmarks.{item}", []) for item in ([name] if name else names)]
-    raise typer.Exit(max(codes, default=0))
-
-
-def benchmark_names() -> list[str]:
-    """Modules of ``benchmarks/`` that can be started."""
-    # The console script does not put the project root on the path; `python -m` in it does.
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        spec = importlib.util.find_spec("benchmarks")
-    finally:
-        sys.path.pop(0)
-    if spec is None or spec.submodule_search_locations is None:
-        return []
-    modules = pkgutil.iter_modules(spec.submodule_search_locations)
-    return sorted(
-        module.name for module in modules if not module.ispkg and not module.name.startswith("_")
-    )

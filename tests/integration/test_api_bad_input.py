@@ -264,3 +264,14 @@ async def test_a_body_that_does_not_claim_to_be_json_is_refused(route: tuple[str
         answer = await client.request(*route, content=b"{}", headers={"content-type": "text/plain"})
     assert answer.status_code == 415
     assert ErrorResponse.model_validate_json(answer.content).error.code == "unsupported_media_type"
+
+
+async def test_a_405_names_every_method_of_the_path() -> None:
+    async with running(fake_service()) as client:
+        for path, methods in (
+            ("/v1/weights", "GET, POST"),
+            ("/v1/engines", "GET, PUT"),
+            ("/v1/rollouts/r", "DELETE, GET"),
+        ):
+            answer = await client.request("OPTIONS", path)
+            assert (answer.status_code, answer.headers["allow"]) == (405, methods)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
 
+from rollout_server.api.app import create_app
 from shared.schemas.base import ErrorResponse
 from shared.types import RolloutRunState
 from tests.fakes.engine import FakeEngine
 from tests.fakes.http_server import serving
-from tests.fakes.service import fake_service, until
+from tests.fakes.service import FakeTokenizer, fake_service, until
 
 BODY = {"request_id": "r", "prompts": [{"prompt": "a"}, {"prompt": "b"}], "n": 2}
 
@@ -89,3 +93,45 @@ async def test_many_clients_at_once_each_get_their_own() -> None:
     assert answers == [[f"p{index}"] for index in range(60)]
     assert all(engine.requests for engine in engines)
     assert all(engine.max_running <= 8 for engine in engines)
+
+
+async def test_a_full_server_refuses_before_it_tokenizes() -> None:
+    class CountingTokenizer(FakeTokenizer):
+        num_calls = 0
+
+        def encode(self, text: str) -> list[int]:
+            self.num_calls += 1
+            return super().encode(text)
+
+    engine, tokenizer = FakeEngine("a"), CountingTokenizer()
+    engine.unblocked.clear()
+    service = fake_service(
+        [engine], tokenizer=tokenizer, server={"limits": {"max_pending_samples": 5}}
+    )
+    async with serving(service) as url, httpx.AsyncClient() as client:
+        first = asyncio.create_task(client.post(f"{url}/v1/rollouts", json=BODY))
+        await until(lambda: engine.num_running == 4, "the samples to be on the engine")
+        num_calls = tokenizer.num_calls
+        refused = await client.post(f"{url}/v1/rollouts", json={**BODY, "request_id": "other"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        assert tokenizer.num_calls == num_calls == 2
+        again = asyncio.create_task(client.post(f"{url}/v1/rollouts", json=BODY))
+        await until(lambda: service.rollouts.find("r").num_clients == 2, "the second client")
+        engine.unblocked.set()
+        assert (await again).content == (await first).content
+
+
+def test_no_dependency_of_a_route_costs_a_thread() -> None:
+    def calls(dependant: Dependant) -> Iterator[object]:
+        for inner in dependant.dependencies:
+            yield inner.call
+            yield from calls(inner)
+
+    routes = [r for r in create_app(fake_service()).routes if isinstance(r, APIRoute)]
+    found = [call for route in routes for call in calls(route.dependant)]
+    assert len(found) > len(routes)
+    for call in found:
+        runs_on_the_loop = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
+            getattr(call, "__call__", None)  # noqa: B004 - what FastAPI looks at
+        )
+        assert runs_on_the_loop, call
