@@ -11,9 +11,12 @@ from functools import cache
 from typing import Any
 
 from shared import types
+from shared.config.base import SettingsModel
 from shared.config.run import RunConfig
 
 TOP_LEVEL = "top level"
+EACH = "[]"
+"""After the key of a list whose entries have settings of their own."""
 
 Schema = Mapping[str, Any]
 
@@ -53,16 +56,17 @@ class Section:
     settings: tuple[Setting, ...]
 
 
-def sections() -> list[Section]:
+def sections(model: type[SettingsModel] = RunConfig) -> list[Section]:
     """All of them, in the order of the models."""
-    schema = RunConfig.model_json_schema()
+    schema = model.model_json_schema()
     return list(_sections(schema, schema["$defs"], key="", title=TOP_LEVEL))
 
 
 def setting_keys() -> list[str]:
     """Every key that ``--set`` takes a value for."""
-    # Variants of a section share keys.
-    return list(dict.fromkeys(item.key for section in sections() for item in section.settings))
+    keys = (item.key for section in sections() for item in section.settings)
+    # Variants of a section share keys; a list is given as a whole.
+    return list(dict.fromkeys(key for key in keys if EACH not in key))
 
 
 def _sections(schema: Schema, defs: Schema, *, key: str, title: str) -> Iterator[Section]:
@@ -74,6 +78,9 @@ def _sections(schema: Schema, defs: Schema, *, key: str, title: str) -> Iterator
         if not variants:
             settings.append(_setting(path, field, defs, name in schema.get("required", ())))
             continue
+        if field.get("type") == "array":
+            settings.append(_setting(path, field, defs, name in schema.get("required", ())))
+            path += EACH
         for variant in variants:
             below += _sections(variant, defs, key=path, title=_title(path, field, variant))
     meaning = _text(schema.get("description", ""))
@@ -82,8 +89,9 @@ def _sections(schema: Schema, defs: Schema, *, key: str, title: str) -> Iterator
 
 
 def _variants(field: Schema, defs: Schema) -> list[Schema]:
-    """The models a field may hold; none when it holds a plain value."""
-    options = [field, *field.get("anyOf", ()), *field.get("oneOf", ())]
+    """The models a field, or each entry of a list, may hold; none where values are plain."""
+    items = field.get("items", {})
+    options = [field, *field.get("anyOf", ()), *field.get("oneOf", ()), items]
     resolved = [_resolved(option, defs) for option in options]
     return [option for option in resolved if "properties" in option]
 
@@ -92,6 +100,8 @@ def _title(path: str, field: Schema, variant: Schema) -> str:
     if "discriminator" in field:
         tag = field["discriminator"]["propertyName"]
         return f"`{path}` with `{tag}: {variant['properties'][tag]['const']}`"
+    if path.endswith(EACH):
+        return f"`{path.removesuffix(EACH)}` (each entry)"
     # What has no default of its own is not there until it is written.
     return f"`{path}`" + (" (may be left out)" if field.get("default", "") is None else "")
 
@@ -135,6 +145,8 @@ def _type(field: Schema, defs: Schema) -> str:
             items = {_type(item, defs) for item in schema["prefixItems"]}
             return f"{len(schema['prefixItems'])} of {' and '.join(sorted(items))}"
         return f"list of {_type(schema['items'], defs)}"
+    if "properties" in schema:
+        return "section"
     if kind == "object":
         return f"map of text to {_type(schema.get('additionalProperties', {}), defs)}"
     return _WORDS.get(str(kind), "null" if kind == "null" else "any value")

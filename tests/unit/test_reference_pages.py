@@ -14,7 +14,7 @@ from shared.cli.main import app
 from shared.config import reference as config_reference
 from shared.config.base import SettingsModel
 from shared.config.loading import RESERVED_ENVIRONMENT, load_run_config
-from shared.config.settings_list import sections, setting_keys
+from shared.config.settings_list import EACH, sections, setting_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {item.key: item for section in sections() for item in section.settings}
@@ -35,7 +35,7 @@ def test_a_setting_says_what_it_means_and_its_values_do(key: str) -> None:
         assert all(setting.values.values()), setting.values
 
 
-@pytest.mark.parametrize("key", sorted(SETTINGS))
+@pytest.mark.parametrize("key", sorted(key for key in SETTINGS if EACH not in key))
 def test_the_default_that_is_shown_is_the_one_in_force(key: str) -> None:
     if SETTINGS[key].default == "required":
         assert key == "model.path" or key.endswith("train_path")
@@ -98,10 +98,28 @@ def has_json(command: cli_reference.Command) -> bool:
     return any("--json" in param.opts for param in command.params)
 
 
-class Example(SettingsModel):
+class Entry(SettingsModel):
+    """One of several."""
+
     size: int = Field(default=3, ge=1)
     """How large."""
 
 
+class Example(SettingsModel):
+    entries: list[Entry] = Field(default_factory=list)
+    """All of them."""
+
+
 def test_what_stands_under_a_field_is_its_description() -> None:
-    assert Example.model_fields["size"].description == "How large."
+    assert Entry.model_fields["size"].description == "How large."
+
+
+def test_entries_of_a_list_have_a_section_of_their_own() -> None:
+    top, entry = sections(Example)
+    assert [(item.key, item.type, item.default) for item in top.settings] == [
+        ("entries", "list of section", "`[]`")
+    ]
+    assert (entry.title, entry.meaning) == ("`entries` (each entry)", "One of several.")
+    assert [(item.key, item.limits) for item in entry.settings] == [
+        ("entries[].size", "at least 1")
+    ]
