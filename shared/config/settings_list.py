@@ -184,12 +184,12 @@ def _value_meanings(enum_name: str) -> dict[str, str]:
     tree = ast.parse(inspect.getsource(getattr(types, enum_name)))
     definition = tree.body[0]
     assert isinstance(definition, ast.ClassDef)
-    found = {}
-    value: str | None = None
+    found: dict[str, str] = {}
+    value = ""
     for node in definition.body:
         if isinstance(node, ast.Assign):
             value = ast.literal_eval(node.value)
-        elif value is not None and isinstance(node, ast.Expr):
+            found[value] = ""
+        elif value and isinstance(node, ast.Expr):
             found[value] = _text(ast.literal_eval(node.value))
-            value = None
     return found
