@@ -37,7 +37,10 @@ def bench(
     if not run_all:
         print_json(list(names)) if as_json else typer.echo("\n".join(names) or "no benchmarks")
         return
-    codes = [run_module(f"{PACKAGE}.{name}", []) for name in names]
+    codes = []
+    for number, name in enumerate(names, start=1):
+        typer.echo(f"{number} of {len(names)}: {name}", err=True)
+        codes.append(run_module(f"{PACKAGE}.{name}", []))
     raise typer.Exit(max(codes, default=0))
 
 

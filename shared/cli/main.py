@@ -15,6 +15,7 @@ import typer
 
 from shared.cli import services
 from shared.cli.bench import bench_app
+from shared.cli.completion import PROGRAM, completion
 from shared.cli.config import config_app
 from shared.cli.doctor import doctor
 from shared.cli.engines import engines_app, pause, resume
@@ -43,6 +44,7 @@ app.command()(services.calibrate)
 app.add_typer(bench_app, name="bench")
 app.command()(doctor)
 app.add_typer(config_app, name="config")
+app.command()(completion)
 
 
 def print_version(wanted: bool) -> None:
@@ -68,7 +70,8 @@ def root(
 def main() -> None:
     """Run the command line; our own errors become one line on stderr and an exit code."""
     try:
-        app()
+        # Also under `python -m shared.cli`: completion goes by this name.
+        app(prog_name=PROGRAM)
     except ConfigurationError as exc:
         typer.echo(f"configuration error: {exc.message}", err=True)
         sys.exit(2)

@@ -78,7 +78,9 @@ def run(
     """Run a whole job: model if needed, server, trainer, live view, report, summary."""
     console = stderr_console()
     try:
-        with Supervisor(resolve_server_config(config, set_), resume=resume) as supervisor:
+        resolved = resolve_server_config(config, set_)
+        # A program reads the summary alone; what is for people moves out of its way.
+        with Supervisor(resolved, resume=resume, talks_on_stderr=as_json) as supervisor:
             console.print(f"run directory: {supervisor.run_dir}", highlight=False)
             supervisor.make_model()
             with console.status("starting engines"):
@@ -111,12 +113,14 @@ def make_model(
     max_operand: Annotated[
         int, typer.Option(min=2, help="Largest operand of a problem.")
     ] = TASK_DEFAULTS.max_operand,
+    as_json: JsonOption = False,
 ) -> None:
     """Create a small model for the CPU demonstration."""
     arguments = [
         *("--output", str(output), "--preset", preset),
         *("--warm-start-steps", str(warm_start_steps), "--seed", str(seed)),
         *("--num-terms", *map(str, num_terms), "--max-operand", str(max_operand)),
+        *(["--json"] if as_json else []),
     ]
     raise typer.Exit(run_module("trainer.demo_model", arguments))
 
