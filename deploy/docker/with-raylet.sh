@@ -3,7 +3,7 @@
 #   with-raylet COMMAND [ARGUMENT...]
 # KUBERAY_GEN_RAY_START_CMD  how this node joins its cluster (KubeRay sets it); has to end in --block
 # RAYLET_START_TIMEOUT_S     longest wait for the raylet, default 300
-# RAYLET_STOP_TIMEOUT_S      what the raylet gets to end, default 30
+# RAYLET_STOP_TIMEOUT_S      what the raylet gets to end, default 60: Ray waits 30 for its work
 # RAYLET_SOCKET              where it listens once it is there
 # SIGTERM and SIGINT go to the command. The raylet stays until the command has ended: a server needs
 # it to stop its engines. Exit code: the command's; 1 if the raylet ended first or did not come.
@@ -12,7 +12,7 @@ set -u
 [ $# -gt 0 ] || { echo "usage: with-raylet COMMAND [ARGUMENT...]" >&2; exit 2; }
 start_command=${KUBERAY_GEN_RAY_START_CMD:?is not set: how does this node join its Ray cluster?}
 start_timeout_s=${RAYLET_START_TIMEOUT_S:-300}
-stop_timeout_s=${RAYLET_STOP_TIMEOUT_S:-30}
+stop_timeout_s=${RAYLET_STOP_TIMEOUT_S:-60}
 socket=${RAYLET_SOCKET:-/tmp/ray/session_latest/sockets/raylet}
 raylet='' command='' stopping=''
 
