@@ -7,12 +7,13 @@ EXTRA ?=
 CONFIG ?= deploy/configs/demo.yaml
 SERVE_CONFIG ?= deploy/configs/serve-cpu.yaml
 ARGS ?=
+KIND ?= cpu
 BIN := .venv/bin
 # The test process itself needs no thread pool; engines bind their own cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: help setup run serve calibrate docs test test-fast proof faults-weights fuzz lint types fmt bench gpu-check clean
+.PHONY: help setup run serve calibrate docs test test-fast proof faults-weights fuzz lint types fmt bench gpu-check image clean
 
 help: ## This list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -70,6 +71,9 @@ bench-%: setup ## One benchmark: make bench-NAME (ARGS=...)
 gpu-check: EXTRA := cuda
 gpu-check: setup ## On a CUDA machine: every gpu test and the GPU benchmarks, one JSON (ARGS=...)
 	$(BIN)/python -m benchmarks.gpu_check --require-cuda $(ARGS)
+
+image: ## Build the container image with docker, podman or buildah (KIND=cuda); lint it where none works
+	@deploy/docker/build.sh $(KIND)
 
 clean: ## Remove caches (not .venv, runs/ or models)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

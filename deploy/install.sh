@@ -19,7 +19,7 @@ if [ -n "$installed" ] && [ "$installed" != "$extra" ]; then
   fail "$venv holds the $installed build and $extra was asked for: the two cannot share one; remove $venv first"
 fi
 
-wanted="$extra $(cat deploy/install.sh pyproject.toml $lock/$extra.txt $lock/dev.txt | sha256sum | cut -d' ' -f1)"
+wanted="$extra $(cat deploy/install.sh pyproject.toml "$lock/$extra.txt" $lock/dev.txt | sha256sum | cut -d' ' -f1)"
 [ "$(cat "$stamp" 2>/dev/null || true)" = "$wanted" ] && exit 0
 
 find_python() {

@@ -20,6 +20,7 @@ from shared.cli.config import config_app
 from shared.cli.doctor import doctor
 from shared.cli.engines import engines_app, pause, resume
 from shared.cli.rollout import rollout
+from shared.cli.sizing import sizing
 from shared.cli.speculation import speculation_app
 from shared.cli.weights import weights_app
 from shared.errors import ConfigurationError, SlipstreamError
@@ -43,6 +44,7 @@ app.command("make-model")(services.make_model)
 app.command()(services.calibrate)
 app.add_typer(bench_app, name="bench")
 app.command()(doctor)
+app.command()(sizing)
 app.add_typer(config_app, name="config")
 app.command()(completion)
 
