@@ -8,6 +8,7 @@ under the transport ``ray``, whose actors these are built on.
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 from ray.exceptions import RayError
@@ -19,7 +20,12 @@ from shared.errors import WeightTransferError
 
 
 class BroadcastActor(ReceiverActor, BroadcastReceiver):
-    """Is told to restart by Ray when it is killed, as long as its node lives."""
+    """Is started again by Ray when it is killed, as long as its node lives."""
+
+    def __init__(self, directory: str, *, idle_limit_s: float, kept_limit_s: float) -> None:
+        super().__init__(directory, idle_limit_s=idle_limit_s, kept_limit_s=kept_limit_s)
+        # Importing torch takes seconds, for which the first push should not have to wait.
+        threading.Thread(target=self.gpus, name="import-torch", daemon=True).start()
 
 
 class CollectiveNodes(RayNodes):
