@@ -1,9 +1,11 @@
-"""How fast does the transport ``ray`` move a version, against a plain copy through Ray's store?
+"""How fast do the transports ``ray`` and ``nccl`` move a version, against plain copies?
 
-Two Ray nodes on this host, so the network is the loopback. Three sides take turns with the same
+Two Ray nodes on this host, so the network is the loopback. Five sides take turns with the same
 bytes: ``raw`` puts them into the store as one object and has the other node fetch it; ``spread``
 brings the server's file to a file on the other node; ``upload`` is a trainer on the other node that
-writes a segment into the server's directory. The verification of the copy is timed by itself.
+writes a segment into the server's directory. ``socket`` sends them through one TCP connection to a
+reader that keeps nothing; ``broadcast`` is that trainer's broadcast to files on both nodes, over
+gloo (with GPUs apart, over NCCL). The verification of the copy is timed by itself.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import socket
 import statistics
 import sys
 import tempfile
@@ -26,6 +29,7 @@ import ray
 from benchmarks.harness.ray_nodes import TwoNodes, two_nodes
 from benchmarks.harness.results import print_last_line, write_result
 from rollout_server.weights.snapshot import CommittedSnapshot
+from rollout_server.weights.transports.collective_transport import CollectiveNodes
 from rollout_server.weights.transports.ray_transport import RayNodes, RayPort
 from rollout_server.weights.transports.spread import Spread
 from shared.config.weights import WeightsConfig
@@ -33,11 +37,16 @@ from shared.schemas.weights import WeightManifest
 from shared.segment_writer import TensorSpec, write_segment
 from shared.types import TransportKind
 from shared.weights import SegmentKind, segment_name
+from trainer.collective_transport import CollectiveOutbox
 from trainer.ray_transport import RayOutbox
 
 MIB = 1 << 20
 TENSOR_BYTES = 16 * MIB
-SIDES = ("raw", "spread", "upload")
+SIDES = ("raw", "spread", "upload", "socket", "broadcast")
+PLAIN_OF = {"spread": "raw", "upload": "raw", "broadcast": "socket"}
+"""Which plain copy a side is held against."""
+READ_BYTES = 4 * MIB
+TIMEOUT_S = 120.0
 
 
 class TimedPort(RayPort):
@@ -62,23 +71,43 @@ class TimedNodes(RayNodes):
 class OtherNode:
     """A trainer on the other node, and who fetches objects there."""
 
-    def __init__(self, config: WeightsConfig, receiver: str, num_tensors: int) -> None:
+    def __init__(
+        self, config: WeightsConfig, receiver: str, broadcast_to: list[str], num_tensors: int
+    ) -> None:
         client: Any = SimpleNamespace(weights=lambda: SimpleNamespace(receiver=receiver))
-        self._outbox = RayOutbox(config, client)
+        all_nodes: Any = SimpleNamespace(
+            weights=lambda: SimpleNamespace(
+                receiver=broadcast_to[0], node_receivers=broadcast_to[1:]
+            )
+        )
+        self._outboxes = {
+            "upload": RayOutbox(config, client),
+            "broadcast": CollectiveOutbox(config, all_nodes),
+        }
         self._specs, self._tensors = make_tensors(num_tensors)
 
     def fetch(self, data: npt.NDArray[np.uint8]) -> int:
         """Its argument lies in this node's store by now."""
         return len(data)
 
-    def upload(self, version: int) -> float:
-        """Seconds until all of it lies in the server's directory."""
+    def send(self, side: str, version: int) -> float:
+        """Seconds until all of it lies where it is to go."""
         started = time.perf_counter()
-        self._outbox.write(version, self._specs, lambda spec: pieces(self._tensors[spec.name]))
+        self._outboxes[side].write(
+            version, self._specs, lambda spec: pieces(self._tensors[spec.name])
+        )
         return time.perf_counter() - started
 
-    def discard(self) -> None:
-        self._outbox.discard()
+    def discard(self, side: str) -> None:
+        self._outboxes[side].discard()
+
+    def send_plain(self, address: str, port: int, num_bytes: int) -> None:
+        """The tensors, and zeros up to the size of the file, through one connection."""
+        with socket.create_connection((address, port), TIMEOUT_S) as connection:
+            for tensor in self._tensors.values():
+                connection.sendall(tensor)
+                num_bytes -= len(tensor)
+            connection.sendall(bytes(num_bytes))
 
 
 def make_tensors(num_tensors: int) -> tuple[list[TensorSpec], dict[str, npt.NDArray[np.uint8]]]:
@@ -99,14 +128,19 @@ class Bench:
         self._config = config
         self._num_tensors = num_tensors
         self._nodes = TimedNodes(config)
+        self._collective = CollectiveNodes(config)
         self._version = 1
 
     async def start(self) -> None:
+        second = self._cluster.second_id
         receiver = await self._nodes.start_receiver()
+        broadcast_to = [await self._collective.start_receiver()]
+        await self._collective.welcome(second)
+        broadcast_to += [name for name in [self._collective.receiver_on(second)] if name]
         self._other = (
             ray.remote(OtherNode)
             .options(num_cpus=0, resources={"second": 1})
-            .remote(self._config, receiver, self._num_tensors)
+            .remote(self._config, receiver, broadcast_to, self._num_tensors)
         )
         specs, tensors = make_tensors(self._num_tensors)
         path = self._config.directory / segment_name(os.getpid(), 1, SegmentKind.SERVER)
@@ -137,13 +171,45 @@ class Bench:
         return {"spread": sent - started, "verify": finished - sent}
 
     async def _upload(self) -> dict[str, float]:
+        return await self._pushed("upload")
+
+    async def _broadcast(self) -> dict[str, float]:
+        return await self._pushed("broadcast")
+
+    async def _pushed(self, side: str) -> dict[str, float]:
         self._version += 1
-        seconds: float = await self._other.upload.remote(self._version)
-        await self._other.discard.remote()
-        return {"upload": seconds}
+        seconds: float = await self._other.send.remote(side, self._version)
+        await self._other.discard.remote(side)
+        return {side: seconds}
+
+    async def _socket(self) -> dict[str, float]:
+        address = str(ray.util.get_node_ip_address())
+        with socket.create_server((address, 0)) as listener:
+            listener.settimeout(TIMEOUT_S)
+            port = listener.getsockname()[1]
+            started = time.perf_counter()
+            sent = self._other.send_plain.remote(address, port, self.num_bytes)
+            num_read = await asyncio.to_thread(read_all, listener)
+            seconds = time.perf_counter() - started
+        await sent
+        assert num_read == self.num_bytes, f"{num_read} of {self.num_bytes} bytes"
+        return {"socket": seconds}
 
     async def close(self) -> None:
+        await self._collective.close()
         await self._nodes.close()
+
+
+def read_all(listener: socket.socket) -> int:
+    """How many bytes the first connection brings."""
+    buffer = bytearray(READ_BYTES)
+    num_read = 0
+    connection, _ = listener.accept()
+    with connection:
+        connection.settimeout(TIMEOUT_S)
+        while num := connection.recv_into(buffer):
+            num_read += num
+    return num_read
 
 
 async def measure(
@@ -178,10 +244,10 @@ def summarize(rounds: list[dict[str, float]], num_bytes: int, bucket_mib: int) -
         result[f"{side}_bytes_per_s"] = round(
             statistics.median(num_bytes / found[side] for found in rounds)
         )
-    for side in ("spread", "upload"):
-        ratios = [found["raw"] / found[side] for found in rounds]
-        result[f"{side}_of_raw"] = round(statistics.median(ratios), 3)
-        result[f"{side}_of_raw_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
+    for side, plain in PLAIN_OF.items():
+        ratios = [found[plain] / found[side] for found in rounds]
+        result[f"{side}_of_{plain}"] = round(statistics.median(ratios), 3)
+        result[f"{side}_of_{plain}_spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
     return result
 
 

@@ -145,6 +145,9 @@ class TransportKind(StrEnum):
     """A safetensors file in a directory that trainer, server and every engine's host share."""
     RAY = "ray"
     """Bucket by bucket through Ray's object store: trainer, server and engines on any node."""
+    NCCL = "nccl"
+    """Broadcast from the trainer to the server's node and every node with engines at once, over
+    NCCL where every member has a GPU of its own, else over gloo."""
 
 
 class SegmentEncoding(StrEnum):

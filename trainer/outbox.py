@@ -122,4 +122,8 @@ def make_outbox(config: WeightsConfig, client: RolloutClient) -> Outbox:
         from trainer.ray_transport import RayOutbox
 
         return RayOutbox(config, client)
+    if config.transport is TransportKind.NCCL:
+        from trainer.collective_transport import CollectiveOutbox
+
+        return CollectiveOutbox(config, client)
     return FileOutbox(config)

@@ -43,7 +43,7 @@ class RayOutbox:
         setting = f"weights.stage_timeout_s {limit_s:g}"
         # Asked each time: a server that was started again has another one.
         receiver = self._receiver()
-        upload_id, segment = _get(
+        upload_id, segment = get_answer(
             receiver.begin.remote(version, layout.num_bytes),
             limit_s,
             f"begin version {version} within {setting}",
@@ -52,7 +52,7 @@ class RayOutbox:
         buckets = _Buckets(receiver, upload_id, layout.num_bytes, self._config)
         entries = write_tensors(layout, produce, buckets.write)
         buckets.flush()
-        _get(
+        get_answer(
             receiver.finish.remote(upload_id),
             limit_s,
             f"complete version {version} within {setting}",
@@ -68,32 +68,12 @@ class RayOutbox:
         limit_s = self._config.bucket_timeout_s
         what = f"discard a segment within weights.bucket_timeout_s {limit_s:g}"
         try:
-            _get(receiver.discard.remote(upload_id), limit_s, what)
+            get_answer(receiver.discard.remote(upload_id), limit_s, what)
         except WeightTransferError as exc:
             LOGGER.warning("%s; the receiver removes it later", exc.message)
 
     def _receiver(self) -> Any:
-        # Unconnected, Ray would start a cluster of its own on the first call.
-        if not ray.is_initialized():
-            raise WeightTransferError(
-                "weights.transport ray needs a trainer on the server's Ray cluster (ray.address)",
-                param="weights.transport",
-            )
-        name = self._client.weights().receiver
-        if name is None:
-            raise WeightTransferError(
-                "weights.transport is ray here, but the server was started with another one",
-                param="weights.transport",
-            )
-        namespace, _, actor = name.rpartition("/")
-        try:
-            return ray.get_actor(actor, namespace=namespace)
-        except (ValueError, RayError) as exc:
-            raise WeightTransferError(
-                f"the server's receiver {name} is not on this Ray cluster: trainer and server need "
-                f"the same ray.address ({exc})",
-                param="ray.address",
-            ) from exc
+        return find_receiver(self._client.weights().receiver, self._config)
 
 
 class _Buckets:
@@ -148,10 +128,42 @@ class _Buckets:
                 f"take bytes up to {self._num_sent} within weights.bucket_timeout_s "
                 f"{self._limit_s:g}"
             )
-            _get(reference, self._limit_s, what)
+            get_answer(reference, self._limit_s, what)
 
 
-def _get(reference: Any, limit_s: float, what: str) -> Any:
+def find_receiver(name: str | None, config: WeightsConfig) -> Any:
+    """
+    Args:
+        name: as ``GET /v1/weights`` has it.
+
+    Raises:
+        WeightTransferError: this process is on no cluster, or on another than the receiver.
+    """
+    transport = config.transport.value
+    # Unconnected, Ray would start a cluster of its own on the first call.
+    if not ray.is_initialized():
+        raise WeightTransferError(
+            f"weights.transport {transport} needs a trainer on the server's Ray cluster "
+            "(ray.address)",
+            param="weights.transport",
+        )
+    if name is None:
+        raise WeightTransferError(
+            f"weights.transport is {transport} here, but the server was started with another one",
+            param="weights.transport",
+        )
+    namespace, _, actor = name.rpartition("/")
+    try:
+        return ray.get_actor(actor, namespace=namespace)
+    except (ValueError, RayError) as exc:
+        raise WeightTransferError(
+            f"the server's receiver {name} is not on this Ray cluster: trainer and server need "
+            f"the same ray.address ({exc})",
+            param="ray.address",
+        ) from exc
+
+
+def get_answer(reference: Any, limit_s: float, what: str) -> Any:
     """An answer of the receiver.
 
     Raises:

@@ -174,7 +174,7 @@ def faults_table(document: dict[str, Any]) -> str:
 
 
 def transports_table(document: dict[str, Any]) -> str:
-    """A row per direction of the transport ``ray``."""
+    """A row per direction of the transport ``ray``, and the broadcast of ``nccl`` if measured."""
     result = document["result"]
     names = {"spread": "server to another node", "upload": "trainer to the server's node"}
     lines = [
@@ -185,12 +185,30 @@ def transports_table(document: dict[str, Any]) -> str:
     for side, name in names.items():
         share = f"{result[f'{side}_of_raw']:.2f} ({_spread(result[f'{side}_of_raw_spread'], 2)})"
         lines.append(_row([name, f"{result[f'{side}_bytes_per_s'] / 1e9:.2f}", share]))
+    beside = ""
+    if "broadcast_of_socket" in result:
+        share = f"{result['broadcast_of_socket']:.2f} of the socket"
+        spread = _spread(result["broadcast_of_socket_spread"], 2)
+        lines += [
+            _row(["plain socket", f"{result['socket_bytes_per_s'] / 1e9:.2f}", ""]),
+            _row(
+                [
+                    "broadcast to both nodes",
+                    f"{result['broadcast_bytes_per_s'] / 1e9:.2f}",
+                    f"{share} ({spread})",
+                ]
+            ),
+        ]
+        beside = (
+            "The broadcast, over gloo, writes a file on each node; the plain socket carries the "
+            "bytes once, and nobody writes them. "
+        )
     return "\n".join(
         [
             *lines,
             "",
             f"{result['bytes'] / 1e9:.2f} GB from memory or a file to a file, against the same "
-            "bytes put as one object and fetched by the other node, which writes nothing. "
+            f"bytes put as one object and fetched by the other node, which writes nothing. {beside}"
             f"Verifying the copy comes on top, at {result['verify_bytes_per_s'] / 1e9:.1f} GB/s. "
             "Two Ray nodes on one host, so the network is its loopback; buckets of "
             f"{result['bucket_mib']} MiB. "

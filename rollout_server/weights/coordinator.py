@@ -106,6 +106,7 @@ class WeightCoordinator:
             ],
             history=list(self._history),
             receiver=self._files.receiver,
+            node_receivers=self._files.node_receivers(self._pool.engines()),
         )
 
     def _committed_segment(self) -> str | None:
@@ -169,6 +170,7 @@ class WeightCoordinator:
             EngineError, WeightTransferError: the engine could not load; it must not serve.
         """
         self._check_open()
+        await self._files.welcome(handle)
         async with self._turns.take(f"engine {handle.engine_id}", self._config.longest_push_s):
             snapshot = self._snapshot
             if snapshot is not None and handle.committed_version < snapshot.version:

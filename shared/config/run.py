@@ -15,7 +15,7 @@ from shared.config.speculation import SpeculationConfig
 from shared.config.trainer import TrainerConfig
 from shared.config.vllm_arguments import vllm_arguments_problem
 from shared.config.weights import WeightsConfig
-from shared.types import SpeculationMode, TransportKind
+from shared.types import SpeculationMode
 
 
 class DemoModelConfig(SettingsModel):
@@ -77,14 +77,15 @@ class RunConfig(SettingsModel):
 
     @model_validator(mode="after")
     def buckets_fit_the_object_store(self) -> Self:
-        if self.weights.transport is not TransportKind.RAY or self.ray.address is not None:
+        if not self.weights.spans_nodes or self.ray.address is not None:
             return self  # of a cluster that is joined, the server asks the nodes themselves
         store_mib, bucket_mib = self.ray.object_store_mib, self.weights.bucket_mib
         if store_mib < 2 * bucket_mib:
             raise ValueError(
-                f"weights.transport ray needs room for two buckets in the object store: set "
-                f"ray.object_store_mib {store_mib} to {2 * bucket_mib} or more, or "
-                f"weights.bucket_mib {bucket_mib} to {store_mib // 2} or less"
+                f"weights.transport {self.weights.transport.value} needs room for two buckets in "
+                f"the object store: set ray.object_store_mib {store_mib} to "
+                f"{2 * bucket_mib} or more, or weights.bucket_mib {bucket_mib} to "
+                f"{store_mib // 2} or less"
             )
         return self
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.config.base import SettingsModel
 from shared.types import CommitPolicy, DeltaMode, LostSnapshotPolicy, PauseMode, TransportKind
@@ -25,12 +25,12 @@ class WeightsConfig(SettingsModel):
     delta_max_share: float = Field(default=0.25, gt=0, le=1)
     """Of the tensors' bytes; where a delta would be longer, a trainer pushes every tensor."""
     bucket_mib: int = Field(default=256, ge=1)
-    """The transport ``ray`` holds two of these at most on each side, in the object store and beside
-    it."""
+    """The transports ``ray`` and ``nccl`` hold two of these at most on each side, in the object
+    store and beside it."""
     bucket_timeout_s: float = Field(default=30.0, gt=0)
-    """How long what is on its way may take from node to node (``ray``)."""
+    """How long what is on its way may take from node to node (``ray``, ``nccl``)."""
     transfer_timeout_s: float = Field(default=300.0, gt=0)
-    """How long a whole version may take to the nodes of all engines (``ray``)."""
+    """How long a whole version may take to the nodes of all engines (``ray``, ``nccl``)."""
     pause_mode: PauseMode = PauseMode.KEEP
     """What a push does to running sequences."""
     recompute_kv: bool = False
@@ -72,16 +72,22 @@ class WeightsConfig(SettingsModel):
         return Path(self.shared_memory_dir)
 
     @property
+    def spans_nodes(self) -> bool:
+        """Trainer, server and engines need not see the same files."""
+        return self.transport in (TransportKind.RAY, TransportKind.NCCL)
+
+    @property
     def longest_push_s(self) -> float:
         """Verifying and staging, pausing and loading, and at worst loading the version before."""
         load_s = self.pause_timeout_s + self.commit_timeout_s
-        is_spread = self.transport is TransportKind.RAY
-        spread_s = self.transfer_timeout_s + self.stage_timeout_s if is_spread else 0.0
+        spread_s = self.transfer_timeout_s + self.stage_timeout_s if self.spans_nodes else 0.0
+        if self.transport is TransportKind.NCCL:
+            spread_s += self.stage_timeout_s  # what was broadcast is verified first
         return 3 * self.stage_timeout_s + spread_s + 2 * load_s + self.commit_timeout_s
 
     @property
     def piece_bytes(self) -> int:
-        """What the transport ``ray`` moves at a time: half a bucket. One piece is being filled, one
+        """What ``ray`` and ``nccl`` move at a time: half a bucket. One piece is being filled, one
         is on its way, and Ray frees the one before a little after nobody needs it any more."""
         return self.bucket_mib << 19
 
@@ -89,6 +95,19 @@ class WeightsConfig(SettingsModel):
     def longest_answer_s(self) -> float:
         """A push that waits for another one first."""
         return self.lock_timeout_s + self.longest_push_s
+
+    @field_validator("transport", mode="before")
+    @classmethod
+    def ipc_is_refused(cls, value: Any) -> Any:
+        if value == "ipc":
+            raise ValueError(
+                "weights.transport ipc does not exist: CUDA IPC hands over the trainer's own "
+                "memory, which cannot be verified before engines load it, nor kept for a restart, "
+                "for engines that join or for going back; copied to a file first, it is "
+                "shared_memory with a GPU context more. On one host, use weights.transport "
+                "shared_memory (docs/weights.md)"
+            )
+        return value
 
     @model_validator(mode="after")
     def filesystem_needs_a_directory(self) -> Self:

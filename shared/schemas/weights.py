@@ -146,4 +146,8 @@ class WeightsResponse(WireModel):
     history: list[WeightHistoryEntry]
     """The latest pushes, oldest first."""
     receiver: str | None = None
-    """Where trainers send segments under the transport ``ray``: an actor, ``namespace/name``."""
+    """Where trainers send segments under the transports ``ray`` and ``nccl``: an actor,
+    ``namespace/name``."""
+    node_receivers: list[str] = Field(default_factory=list)
+    """Who takes part in a broadcast beside ``receiver`` under the transport ``nccl``: an actor on
+    each other node that has engines."""

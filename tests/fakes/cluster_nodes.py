@@ -70,6 +70,10 @@ class FakeNode:
         self._check()
         return self.copies.finish(version, manifest)
 
+    async def adopt(self, version: int, source: str, manifest: WeightManifest) -> str:
+        self._check()
+        return self.copies.adopt(version, source, manifest)
+
     async def holds(self, version: int) -> bool:
         self._check()
         return self.copies.holds(version)
@@ -98,6 +102,9 @@ class FakeNodes:
         self.max_in_store = 0
         self.max_bucket_bytes = 0
         self.is_closed = False
+        self.welcomed: list[str] = []
+        self.deliveries: dict[tuple[str, str], str] = {}
+        """Paths of what was broadcast, by node and segment."""
         self._in_store: weakref.WeakSet[Bucket] = weakref.WeakSet()
 
     def node(self, node_id: str) -> FakeNode:
@@ -107,6 +114,17 @@ class FakeNodes:
 
     async def port(self, node_id: str) -> FakeNode:
         return self.node(node_id)
+
+    async def welcome(self, node_id: str) -> None:
+        if self.node(node_id).is_lost:
+            raise WeightTransferError("nothing starts there")
+        self.welcomed.append(node_id)
+
+    def receiver_on(self, node_id: str) -> str | None:
+        return f"test/{node_id}" if node_id in self.welcomed else None
+
+    async def delivered(self, node_id: str, segment: str) -> str | None:
+        return self.deliveries.get((node_id, segment))
 
     async def put(self, data: Bytes) -> object:
         bucket = Bucket(np.asarray(data))

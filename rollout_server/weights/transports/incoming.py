@@ -83,3 +83,25 @@ class IncomingFile:
         for path in (self._partial, self.path):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+class LinkedFile:
+    """The second name of a complete file that came another way. The first may go then."""
+
+    def __init__(self, path: Path, source: Path) -> None:
+        """
+        Raises:
+            WeightTransferError: the name cannot be made.
+        """
+        self.path = path
+        try:
+            os.link(source, path, follow_symlinks=False)
+        except OSError as exc:
+            raise WeightTransferError(
+                f"weight segment {source.name} cannot be linked as {path.name}: {exc.strerror}"
+            ) from exc
+
+    def abandon(self) -> None:
+        """Remove this name. Never raises; may be called again."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)

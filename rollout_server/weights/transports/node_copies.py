@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from rollout_server.weights.transports.incoming import IncomingFile
+from rollout_server.weights.transports.incoming import IncomingFile, LinkedFile
 from rollout_server.weights.verify import verify_segment
 from shared.errors import WeightTransferError
 from shared.schemas.weights import WeightManifest
@@ -31,7 +31,7 @@ class NodeCopies:
 
     def __init__(self, directory: str) -> None:
         self._directory = Path(directory)
-        self._files: dict[int, IncomingFile] = {}
+        self._files: dict[int, IncomingFile | LinkedFile] = {}
         for name in sweep_stale_segments(self._directory):
             logger.info("removed the weight segment %s of a process that is gone", name)
 
@@ -42,8 +42,7 @@ class NodeCopies:
             WeightTransferError: too little room, or the file cannot be made.
         """
         self.remove(version)
-        path = self._directory / segment_name(os.getpid(), version, SegmentKind.NODE)
-        self._files[version] = IncomingFile(path, num_bytes)
+        self._files[version] = IncomingFile(self._path(version), num_bytes)
 
     def append(self, version: int, offset: int, bucket: npt.NDArray[np.uint8]) -> None:
         """Take the next bytes.
@@ -68,6 +67,23 @@ class NodeCopies:
             raise
         return str(file.path)
 
+    def adopt(self, version: int, source: str, manifest: WeightManifest) -> str:
+        """Make a file that a trainer has broadcast to this node a copy, and verify it. Returns its
+        path; there is none where it is refused.
+
+        Raises:
+            WeightTransferError: it cannot be linked, or is not what the manifest says.
+        """
+        self.remove(version)
+        # Linked before it is verified: what engines load is then the file that was checked.
+        file = self._files[version] = LinkedFile(self._path(version), Path(source))
+        try:
+            verify_segment(file.path, manifest)
+        except WeightTransferError:
+            self.remove(version)
+            raise
+        return str(file.path)
+
     def holds(self, version: int) -> bool:
         """Whether a verified copy is there."""
         file = self._files.get(version)
@@ -86,6 +102,9 @@ class NodeCopies:
 
     def _file(self, version: int) -> IncomingFile:
         file = self._files.get(version)
-        if file is None:
+        if not isinstance(file, IncomingFile):
             raise WeightTransferError(f"version {version} was not begun on this node")
         return file
+
+    def _path(self, version: int) -> Path:
+        return self._directory / segment_name(os.getpid(), version, SegmentKind.NODE)

@@ -43,6 +43,10 @@ class NodeFiles:
         missing = [node for node, has in zip(node_ids, has_copy, strict=True) if not has]
         if not missing:
             return False
+        arrived = await asyncio.gather(*(self._take_delivered(node, snapshot) for node in missing))
+        missing = [node for node, has in zip(missing, arrived, strict=True) if not has]
+        if not missing:
+            return True
         outcomes = await Spread(self._nodes, snapshot, self._config).run(missing)
         for node_id, outcome in outcomes.items():
             if outcome.path is not None:
@@ -85,6 +89,48 @@ class NodeFiles:
         """See ``SnapshotFiles``."""
         self._copies.clear()
         await self._nodes.close()
+
+    def node_receivers(self, engines: Sequence[EngineHandle]) -> list[str]:
+        """See ``SnapshotFiles``."""
+        node_ids = sorted({engine.node_id for engine in engines} - {self._nodes.own_node_id})
+        names = [self._nodes.receiver_on(node_id) for node_id in node_ids]
+        return [name for name in names if name is not None]
+
+    async def welcome(self, engine: EngineHandle) -> None:
+        """See ``SnapshotFiles``."""
+        if engine.node_id == self._nodes.own_node_id:
+            return
+        try:
+            await self._nodes.welcome(engine.node_id)
+        except WeightTransferError as exc:
+            logger.warning("weights: no receiver on node %s: %s", engine.node_id, exc.message)
+
+    async def _take_delivered(self, node_id: str, snapshot: CommittedSnapshot) -> bool:
+        """Whether a trainer's broadcast has brought it there. If not, the server brings it."""
+        limit_s = self._config.stage_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                source = await self._nodes.delivered(node_id, snapshot.manifest.segment)
+                if source is None:
+                    return False
+                port = await self._nodes.port(node_id)
+                path = await port.adopt(snapshot.version, source, snapshot.manifest)
+        except TimeoutError:
+            error = f"not verified within weights.stage_timeout_s {limit_s:g}"
+        except SlipstreamError as exc:
+            error = exc.message
+        else:
+            self._copies[node_id, snapshot.path] = path
+            self._errors.pop((node_id, snapshot.path), None)
+            return True
+        logger.warning(
+            "weights: what was broadcast of version %d to node %s is of no use, the server brings "
+            "it: %s",
+            snapshot.version,
+            node_id,
+            error,
+        )
+        return False
 
     async def _has_copy(self, node_id: str, path: str) -> bool:
         if (node_id, path) not in self._copies:

@@ -41,9 +41,14 @@ async def start_snapshot_files(config: WeightsConfig) -> SnapshotFiles:
         ConfigurationError: the object store is too small for two buckets.
         WeightTransferError: the receiver does not start.
     """
-    if config.transport is not TransportKind.RAY:
+    if not config.spans_nodes:
         return SharedFiles()
     nodes = RayNodes(config)
+    if config.transport is TransportKind.NCCL:
+        # Imported here: it is built on this module.
+        from rollout_server.weights.transports.collective_transport import CollectiveNodes
+
+        nodes = CollectiveNodes(config)
     return NodeFiles(nodes, config, await nodes.start_receiver())
 
 
@@ -70,6 +75,9 @@ class ReceiverActor(SegmentReceiver):
 class RayNodes:
     """Implements ``spread.ClusterNodes``."""
 
+    receiver_class: type = ReceiverActor
+    receiver_threads = 1
+
     def __init__(self, config: WeightsConfig) -> None:
         context = ray.get_runtime_context()
         self.own_node_id: str = context.get_node_id()
@@ -91,10 +99,16 @@ class RayNodes:
         problem = _store_problem(await asyncio.to_thread(ray.nodes), self.own_node_id, config)
         if problem is not None:
             raise ConfigurationError(problem, param="weights.bucket_mib")
+        self._receiver, name = await self._start_receiver_on(self.own_node_id)
+        return name
+
+    async def _start_receiver_on(self, node_id: str) -> tuple[Any, str]:
+        config = self._config
         name = f"weights-receiver-{uuid.uuid4().hex[:12]}"
-        self._receiver = (
-            ray.remote(ReceiverActor)
-            .options(name=name, max_restarts=-1, **_placed_on(self.own_node_id))
+        placed = _placed_on(node_id) | {"max_concurrency": self.receiver_threads}
+        receiver = (
+            ray.remote(self.receiver_class)
+            .options(name=name, max_restarts=-1, **placed)
             .remote(
                 config.shared_memory_dir,
                 idle_limit_s=config.transfer_timeout_s,
@@ -103,13 +117,23 @@ class RayNodes:
         )
         try:
             async with asyncio.timeout(config.stage_timeout_s):
-                await _awaited(self._receiver.ready.remote())
+                await _awaited(receiver.ready.remote())
         except (TimeoutError, RayError) as exc:
+            ray.kill(receiver, no_restart=True)
             raise WeightTransferError(
                 f"the receiver of weight segments did not start within weights.stage_timeout_s "
                 f"{config.stage_timeout_s:g}: {exc}"
             ) from exc
-        return f"{self._namespace}/{name}"
+        return receiver, f"{self._namespace}/{name}"
+
+    async def welcome(self, node_id: str) -> None:
+        """Nobody broadcasts."""
+
+    def receiver_on(self, node_id: str) -> str | None:
+        return None
+
+    async def delivered(self, node_id: str, segment: str) -> str | None:
+        return None
 
     async def port(self, node_id: str) -> RayPort:
         return RayPort(self, node_id, await self.actor(node_id))
@@ -193,6 +217,10 @@ class RayPort:
 
     async def finish(self, version: int, manifest: WeightManifest) -> str:
         path: str = await self._call(self._actor.finish.remote(version, manifest))
+        return path
+
+    async def adopt(self, version: int, source: str, manifest: WeightManifest) -> str:
+        path: str = await self._call(self._actor.adopt.remote(version, source, manifest))
         return path
 
     async def holds(self, version: int) -> bool:

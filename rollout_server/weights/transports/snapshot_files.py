@@ -18,6 +18,15 @@ class SnapshotFiles(Protocol):
         """The actor that takes segments from trainers, for those that send them."""
         ...
 
+    def node_receivers(self, engines: Sequence[EngineHandle]) -> list[str]:
+        """Those on the other nodes of these engines, for trainers that broadcast."""
+        ...
+
+    async def welcome(self, engine: EngineHandle) -> None:
+        """Have on an engine's node what trainers may broadcast to. Never raises: without it, what
+        is pushed comes from the server."""
+        ...
+
     async def bring(self, snapshot: CommittedSnapshot, engines: Sequence[EngineHandle]) -> bool:
         """Have a verified snapshot where all of these engines are; whether anything travelled.
 
@@ -50,6 +59,12 @@ class SharedFiles:
     """Every engine sees the server's own directory: one host, or a shared disk."""
 
     receiver: str | None = None
+
+    def node_receivers(self, engines: Sequence[EngineHandle]) -> list[str]:
+        return []
+
+    async def welcome(self, engine: EngineHandle) -> None:
+        """It sees what the server sees."""
 
     async def bring(self, snapshot: CommittedSnapshot, engines: Sequence[EngineHandle]) -> bool:
         return False

@@ -44,6 +44,10 @@ class NodePort(Protocol):
 
     async def finish(self, version: int, manifest: WeightManifest) -> str: ...
 
+    async def adopt(self, version: int, source: str, manifest: WeightManifest) -> str:
+        """Make a copy of what ``ClusterNodes.delivered`` has found there, verified; its path."""
+        ...
+
     async def holds(self, version: int) -> bool:
         """Whether the copy is there; one whose owner was killed may have been swept."""
         ...
@@ -61,6 +65,26 @@ class ClusterNodes(Protocol):
         """
         Raises:
             WeightTransferError: nothing can be started there.
+        """
+        ...
+
+    async def welcome(self, node_id: str) -> None:
+        """Start what trainers broadcast to, if they do.
+
+        Raises:
+            WeightTransferError: it does not start.
+        """
+        ...
+
+    def receiver_on(self, node_id: str) -> str | None:
+        """What ``welcome`` has started, by name."""
+        ...
+
+    async def delivered(self, node_id: str, segment: str) -> str | None:
+        """The path of what a trainer has broadcast to a node under this name, not verified.
+
+        Raises:
+            WeightTransferError: the node's receiver does not answer.
         """
         ...
 
