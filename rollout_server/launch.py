@@ -129,8 +129,6 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
         ready_file.unlink(missing_ok=True)
 
 
-
-
 def _listen(config: RunConfig) -> socket.socket:
     """Bind before the slow start, so that a taken port is known at once."""
     server = config.server
