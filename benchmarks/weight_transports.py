@@ -38,6 +38,7 @@ from shared.segment_writer import TensorSpec, write_segment
 from shared.types import TransportKind
 from shared.weights import SegmentKind, segment_name
 from trainer.collective_transport import CollectiveOutbox
+from trainer.outbox import Outbox
 from trainer.ray_transport import RayOutbox
 
 MIB = 1 << 20
@@ -80,7 +81,7 @@ class OtherNode:
                 receiver=broadcast_to[0], node_receivers=broadcast_to[1:]
             )
         )
-        self._outboxes = {
+        self._outboxes: dict[str, Outbox] = {
             "upload": RayOutbox(config, client),
             "broadcast": CollectiveOutbox(config, all_nodes),
         }
@@ -105,7 +106,7 @@ class OtherNode:
         """The tensors, and zeros up to the size of the file, through one connection."""
         with socket.create_connection((address, port), TIMEOUT_S) as connection:
             for tensor in self._tensors.values():
-                connection.sendall(tensor)
+                connection.sendall(tensor.data)
                 num_bytes -= len(tensor)
             connection.sendall(bytes(num_bytes))
 
