@@ -27,12 +27,12 @@ from benchmarks.harness.routing_simulation import (
     simulate,
 )
 
-OURS = "fewest_samples"
+OURS = "fewest_tokens"
 POLICIES: dict[str, Callable[[], RoutingPolicy]] = {
-    OURS: FewestSamples,
+    OURS: FewestTokens,
     "round_robin": lambda: RoundRobin(blind=True),
     "round_robin_with_room": lambda: RoundRobin(blind=False),
-    "fewest_tokens": FewestTokens,
+    "fewest_samples": FewestSamples,
 }
 ENGINE = SimulatedEngine(step_s=0.012, step_s_per_sequence=0.0002, max_num_seqs=64)
 NUM_ENGINES = 4

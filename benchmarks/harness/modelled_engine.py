@@ -11,7 +11,7 @@ import asyncio
 import random
 import zlib
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -21,6 +21,8 @@ from rollout_server.engine.protocol import (
     GenerateRequest,
     GenerateResult,
     GenerateTimings,
+    KnownTokens,
+    SampleProgress,
 )
 from rollout_server.engine.vllm_metrics import MetricText
 from shared.errors import EngineDeadError
@@ -28,7 +30,7 @@ from shared.schemas.engines import EngineStatus
 from shared.schemas.rollouts import WeightVersionSpan
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
-from shared.types import DrafterScheme, EngineState, FinishReason, SpeculationReason
+from shared.types import DrafterScheme, EngineState, FinishReason, PauseMode, SpeculationReason
 
 VOCAB_SIZE = 256
 MAX_MODEL_LEN = 8192
@@ -134,6 +136,17 @@ class ModelledEngine:
         # Their places are free at once, for those that wait.
         self._running = [s for s in self._running if not s.ended.is_set()]
         self._waiting = deque(s for s in self._waiting if not s.ended.is_set())
+
+    async def progress(self, known: Mapping[str, KnownTokens]) -> dict[str, list[SampleProgress]]:
+        return {}
+
+    async def pause_generation(self, mode: PauseMode) -> None:
+        if self.state is EngineState.SERVING:
+            self.state = EngineState.PAUSED
+
+    async def resume_generation(self) -> None:
+        if self.state is EngineState.PAUSED:
+            self.state = EngineState.SERVING
 
     async def status(self) -> EngineStatus:
         capacity = self._times.max_num_seqs

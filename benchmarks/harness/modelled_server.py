@@ -40,8 +40,11 @@ from rollout_server.weights.observed_coordinator import ObservedCoordinator
 from shared.api_keys import ApiKeys, parse_api_keys
 from shared.clock import SystemClock
 from shared.config.loading import validate_run_config
-from shared.errors import InvalidRequestError
+from shared.config.pools import DEFAULT_POOL
+from shared.errors import InvalidRequestError, UnknownResourceError
 from shared.logging import configure_logging
+from shared.pool_types import RestartState
+from shared.schemas.engines import EnginePoolStatus
 from shared.schemas.rollouts import ChatMessage
 
 START_TIMEOUT_S = 60.0
@@ -57,7 +60,7 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return bytes(token_ids).decode(errors="replace")
 
     def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -82,10 +85,43 @@ class ModelledPool:
     def engines(self) -> Sequence[ModelledEngine]:
         return tuple(self._members)
 
-    async def scale(self, count: int) -> None:
+    def pools(self) -> Sequence[EnginePoolStatus]:
+        return [
+            EnginePoolStatus(
+                name=DEFAULT_POOL,
+                target_count=self.target_count,
+                max_count=MAX_ENGINES,
+                num_engines=len(self._members),
+                num_serving=len(self._members),
+                restart_state=RestartState.READY,
+                restart_in_s=0.0,
+                num_losses=0,
+                num_losses_in_window=0,
+                loss_budget=0,
+            )
+        ]
+
+    async def scale(self, count: int, pool: str | None = None) -> None:
+        if pool not in (None, DEFAULT_POOL):
+            raise InvalidRequestError(f"there is no pool {pool!r}", param="pool")
         if count > MAX_ENGINES:
             raise InvalidRequestError(f"count {count} is above {MAX_ENGINES}", param="count")
         self._set(max(count, 1))
+
+    def adjust(self, count: int, pool: str) -> None:
+        self._set(count)
+
+    def drain(self, engine_id: str, *, replace: bool) -> None:
+        self.remove(engine_id, replace=replace)
+
+    def remove(self, engine_id: str, *, replace: bool) -> None:
+        engine = next((e for e in self._members if e.engine_id == engine_id), None)
+        if engine is None:
+            raise UnknownResourceError(f"there is no engine {engine_id!r}", param="engine_id")
+        engine.condemn("it was removed by request")
+        self._members.remove(engine)
+        # One always stays: there would be nothing to ask.
+        self._set(max(self.target_count - (not replace), 1))
 
     def _set(self, count: int) -> None:
         self.target_count = count

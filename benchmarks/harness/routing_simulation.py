@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rollout_server.router.strategy import EngineLoad, choose_engine
+from rollout_server.router.strategy import Demand, EngineLoad, choose_engine
 from shared.types import EngineState
 
 
@@ -41,11 +41,9 @@ class SimulatedGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupLoad:
-    """What a policy may know of an engine besides ``EngineLoad``."""
+    """What a policy may know of an engine."""
 
     load: EngineLoad
-    max_tokens_reserved: int
-    """Over the samples it holds, the most they can still become."""
 
 
 class RoutingPolicy(Protocol):
@@ -56,20 +54,22 @@ class RoutingPolicy(Protocol):
     ) -> int | None: ...
 
 
-class FewestSamples:
+class FewestTokens:
     """What the server does: ``router.strategy.choose_engine``."""
 
     def choose(self, engines: Sequence[GroupLoad], group: SimulatedGroup, room: int) -> int | None:
-        decision = choose_engine([e.load for e in engines], len(group.lengths), room)
+        num_samples = len(group.lengths)
+        demand = Demand(num_samples=num_samples, num_tokens=num_samples * group.max_tokens)
+        decision = choose_engine([e.load for e in engines], demand, room)
         return None if decision.engine_id is None else int(decision.engine_id)
 
 
-class FewestTokens:
-    """By the most tokens that engines still owe, in place of samples."""
+class FewestSamples:
+    """By the number of samples that engines hold, whatever their length."""
 
     def choose(self, engines: Sequence[GroupLoad], group: SimulatedGroup, room: int) -> int | None:
         usable = [i for i, e in enumerate(engines) if _has_room(e.load, group, room)]
-        return min(usable, key=lambda i: engines[i].max_tokens_reserved, default=None)
+        return min(usable, key=lambda i: engines[i].load.num_reserved, default=None)
 
 
 class RoundRobin:
@@ -212,9 +212,9 @@ def _loads(engines: Sequence[_Engine], now_s: float) -> list[GroupLoad]:
                 if engine.spec.joins_at_s <= now_s
                 else EngineState.STARTING,
                 num_reserved=engine.num_reserved,
+                num_reserved_tokens=engine.max_tokens_reserved,
                 kv_cache_usage=engine.kv_cache_usage(),
             ),
-            max_tokens_reserved=engine.max_tokens_reserved,
         )
         for index, engine in enumerate(engines)
     ]

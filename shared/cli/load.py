@@ -26,7 +26,7 @@ from shared.cli.options import (
     UrlOption,
 )
 from shared.cli.output import print_json, print_table, stderr_console
-from shared.cli.rollout import RolloutSettings, read_prompts
+from shared.cli.rollout_prompts import RolloutSettings, read_prompts
 from shared.client import AsyncRolloutClient, rollout_request
 from shared.credentials import ClientCredentials, load_credentials
 from shared.errors import RequestError, SlipstreamError, first_error
