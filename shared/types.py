@@ -50,7 +50,7 @@ class RolloutRunState(StrEnum):
     FINISHED = "finished"
     """Every group is there; after a ``DELETE`` some samples end with ``finish_reason: abort``."""
     FAILED = "failed"
-    """Ended by an error; posting the same request again goes on with the groups that are missing."""
+    """Ended by an error; the same request posted again goes on with the missing groups."""
 
 
 class RewardStatus(StrEnum):

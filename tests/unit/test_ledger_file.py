@@ -233,7 +233,9 @@ def _empty_books(path: Path) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize("damage", [_no_database, _torn_pages, _torn_leaf, _lost_table, _empty_books])
+@pytest.mark.parametrize(
+    "damage", [_no_database, _torn_pages, _torn_leaf, _lost_table, _empty_books]
+)
 def test_a_damaged_file_is_set_aside_and_the_log_says_so(
     path: Path, damage: object, caplog: pytest.LogCaptureFixture
 ) -> None:
