@@ -79,7 +79,8 @@ async def run_task(task: Task, generate: Callable[[int], Awaitable[int]]) -> Out
         nonlocal num_tokens
         for number in numbers:
             began_s = time.perf_counter()
-            num_tokens += await generate(number)
+            num_group_tokens = await generate(number)  # awaited first: others add meanwhile
+            num_tokens += num_group_tokens
             latencies_s.append(time.perf_counter() - began_s)
 
     started_s = time.perf_counter()
