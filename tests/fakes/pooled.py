@@ -21,6 +21,7 @@ class FakePooledEngine(FakeEngine):
     start_error: Exception | None = None
     may_start: asyncio.Event = field(default_factory=asyncio.Event)
     footprint: Footprint | None = None
+    stop_s: float = 0.0
     stopped: list[str] = field(default_factory=list)
     """Reasons it was stopped for."""
 
@@ -48,6 +49,7 @@ class FakePooledEngine(FakeEngine):
 
     async def stop(self, reason: str) -> None:
         self.die(reason)
+        await asyncio.sleep(self.stop_s)
         self.stopped.append(reason)
 
 
@@ -58,6 +60,8 @@ class FakeEngines:
         self.made: list[FakePooledEngine] = []
         self.start_errors: dict[str, EngineError] = {}
         """By pool: what engines made from now on fail to start with."""
+        self.stop_s = 0.0
+        """How long engines made from now on take to stop."""
         self.held_pools: set[str] = set()
         """Engines of these pools, made from now on, start when their ``may_start`` is set."""
 
@@ -67,6 +71,7 @@ class FakeEngines:
             EngineState.STARTING,
             spec=spec,
             start_error=self.start_errors.get(spec.pool),
+            stop_s=self.stop_s,
         )
         if spec.pool not in self.held_pools:
             engine.may_start.set()

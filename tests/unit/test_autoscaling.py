@@ -168,7 +168,7 @@ def test_whatever_the_load_the_count_stays_within_the_limits(
 
 @given(LOADS, st.integers(1, MAX_COUNT))
 def test_changes_keep_their_distance(loads: list[int], count: int) -> None:
-    settings = config()
+    settings = config(grow_after_s=0, shrink_after_s=0)
     pool = Cluster(AutoscalingPolicy(settings, MAX_COUNT), count)
     changed_s: list[tuple[float, int]] = []
     for num_samples in loads:

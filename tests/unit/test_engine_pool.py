@@ -119,6 +119,7 @@ async def test_a_server_whose_engine_does_not_start_says_why_and_leaves_nothing(
 ) -> None:
     world = World(tmp_path, pools=[{"name": "a"}, {"name": "b"}])
     world.engines.start_errors["b"] = EngineError("no such model")
+    world.engines.stop_s = 0.1  # the failure ends the start while the engine is being stopped
     with pytest.raises(EngineError, match=r"no engine could start: .*no such model"):
         await world.pool.start()
     assert [engine.state for engine in world.engines.made] == [EngineState.DEAD] * 2
@@ -198,7 +199,9 @@ async def test_an_unexpected_error_at_a_start_is_a_loss_like_any_other(tmp_path:
         assert world.engines.made[1].state is EngineState.DEAD
 
 
-async def test_an_engine_condemned_while_it_prepares_never_serves(tmp_path: Path) -> None:
+async def test_an_engine_condemned_while_it_prepares_never_serves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async def condemn(handle: EngineHandle) -> None:
         handle.condemn("its weights could not be loaded")
 
@@ -206,6 +209,7 @@ async def test_an_engine_condemned_while_it_prepares_never_serves(tmp_path: Path
     world.pool.before_serving(condemn)
     with pytest.raises(EngineError, match="its weights could not be loaded"):
         await world.pool.start()
+    assert "engine engine-0 failed to start: its weights could not be loaded" in caplog.text
 
 
 async def test_surplus_engines_finish_their_work_and_are_not_replaced(tmp_path: Path) -> None:
@@ -222,13 +226,18 @@ async def test_surplus_engines_finish_their_work_and_are_not_replaced(tmp_path: 
         assert world.status().num_losses == 0
 
 
-async def test_an_engine_that_dies_while_it_drains_is_no_loss(tmp_path: Path) -> None:
+async def test_an_engine_that_dies_while_it_drains_is_no_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with started(tmp_path, count=2) as world:
+        monkeypatch.setattr("rollout_server.engine.pool.DRAIN_POLL_S", 0.2)
         newest = world.engines.made[1]
         newest.num_running = 1
         await world.pool.scale(1)
         await until(lambda: newest.state is EngineState.DRAINING, "a drain to begin")
         newest.die("killed")
+        await world.settle()
+        assert newest.stopped == [], "the drain looks again later"
         await until(lambda: newest.stopped == ["drained"], "it to be stopped")
         await world.settle()
         assert world.status().num_losses == 0

@@ -106,10 +106,12 @@ def test_an_engine_that_fits_nowhere_waits() -> None:
     assert choose_node(nodes, needs(GPU=2), "a", [placed("n2", GPU=1)], "n2") == "n1"
 
 
-def test_fractions_that_add_up_to_a_gpu_fit_on_it() -> None:
-    nine = [placed("n1", GPU=0.1) for _ in range(9)]
-    assert choose_node([node("n1", GPU=1)], needs(GPU=0.1), "a", nine, "n1") == "n1"
-    assert choose_node([node("n1", GPU=1)], needs(GPU=0.1), "a", [*nine, nine[0]], "n1") is None
+def test_fractions_that_add_up_to_what_there_is_fit() -> None:
+    # 0.3 - 0.2 is a little less than 0.1 in binary.
+    two = [placed("n1", fast=0.1) for _ in range(2)]
+    assert choose_node([node("n1", fast=0.3)], needs(fast=0.1), "a", two, "n1") == "n1"
+    three = [*two, placed("n1", fast=0.1)]
+    assert choose_node([node("n1", fast=0.3)], needs(fast=0.1), "a", three, "n1") is None
 
 
 def test_only_nodes_with_the_labels_are_taken() -> None:
