@@ -12,7 +12,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: help setup run serve calibrate test test-fast proof faults-weights lint types fmt bench gpu-check clean
+.PHONY: help setup run serve calibrate docs test test-fast proof faults-weights lint types fmt bench gpu-check clean
 
 help: ## This list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -28,6 +28,11 @@ serve: setup ## Only the rollout server (SERVE_CONFIG=...)
 
 calibrate: setup ## Measure step times on this machine for the scheduler, minutes (CONFIG=..., ARGS=...)
 	@$(BIN)/slipstream calibrate --config $(CONFIG) $(ARGS)
+
+docs: setup ## The site of docs/*.md in build/docs, from the code where pages are written from it
+	$(BIN)/python -m shared.config.reference
+	$(BIN)/python -m shared.cli.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml
 
 test: lint types ## Lint, types and every test that needs no GPU
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not gpu" $(ARGS)

@@ -19,6 +19,7 @@ from shared.config.loading import load_run_config
 from shared.config.run import RunConfig
 from shared.errors import ConfigurationError, SlipstreamError
 from shared.logging import configure_logging
+from shared.progress import ProgressBar, is_watched
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -91,9 +92,12 @@ async def calibrate(config: RunConfig, output: Path | None) -> dict[str, Any]:
     started = time.perf_counter()
 
     def report(number: int, load: LoadPoint) -> None:
+        shape = f"{load.num_reqs} sequences, prompts of {load.num_prompt_tokens} tokens"
+        bar.show(number, shape)
+        if is_watched():
+            return
         print(
-            f"{number}/{len(loads)} after {time.perf_counter() - started:.0f} s: "
-            f"{load.num_reqs} sequences, prompts of {load.num_prompt_tokens} tokens",
+            f"{number}/{len(loads)} after {time.perf_counter() - started:.0f} s: {shape}",
             file=sys.stderr,
         )
 
@@ -113,7 +117,9 @@ async def calibrate(config: RunConfig, output: Path | None) -> dict[str, Any]:
                 "raise engine.kv_cache_memory_mib or model.max_model_len",
                 param="engine.kv_cache_memory_mib",
             )
-        points = await measure_thoroughly(engine, loads, lengths, report)
+        with ProgressBar("calibrating", len(loads)) as bar:
+            points = await measure_thoroughly(engine, loads, lengths, report)
+            bar.show(len(loads))
         key = engine.calibration_key(facts.drafter_scheme)
     finally:
         await engine.shutdown()

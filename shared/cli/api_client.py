@@ -78,3 +78,8 @@ class ApiClient:
             SlipstreamError: also when the stream ends with an ``error`` line or with no end line.
         """
         return self._connection.lines(calls.stream_rollouts(request))
+
+    def abort_rollouts(self, request: RolloutRequest) -> None:
+        """``DELETE /v1/rollouts/{request_id}``."""
+        assert request.request_id is not None
+        self._connection.send(calls.abort_rollout(request.request_id))

@@ -10,7 +10,7 @@ import typer
 
 from shared.cli.doctor_checks import CheckResult, CheckStatus, machine_checks
 from shared.cli.doctor_config import configuration_checks
-from shared.cli.options import JsonOption
+from shared.cli.options import JsonOption, SetOption
 from shared.cli.output import print_json, stdout_console
 from shared.config.loading import load_run_config
 from shared.errors import ConfigurationError
@@ -26,9 +26,7 @@ def doctor(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="Check this configuration as well.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")
-    ] = None,
+    set_: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check versions, memory, leftovers and settings; exit code 1 when something must be fixed."""

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import typer
 
+from shared.cli.api_client import ApiClient
 from shared.cli.options import (
     DEFAULT_URL,
     ApiKeyFileOption,
@@ -20,6 +21,7 @@ from shared.cli.options import (
 from shared.cli.output import print_json, print_table
 from shared.errors import UnavailableError
 from shared.pool_types import EngineHealth, RestartState
+from shared.progress import ProgressBar
 from shared.schemas.engines import (
     EnginesResponse,
     EngineStatus,
@@ -34,6 +36,7 @@ engines_app = typer.Typer(
 )
 
 WAIT_POLL_S = 0.5
+READY = frozenset({EngineState.SERVING, EngineState.PAUSED, EngineState.SYNCING})
 
 EngineIdArgument = Annotated[str, typer.Argument(help="As `slipstream engines list` names it.")]
 ReplaceOption = Annotated[
@@ -77,16 +80,33 @@ def scale_engines(
         answer = client.send(
             "PUT", "/v1/engines", ScaleRequest(count=count, pool=pool), EnginesResponse
         )
-        deadline = time.monotonic() + wait_s
-        while wait_s and not has_settled(answer):
+        if wait_s:
+            answer = wait_until_settled(client, answer, wait_s)
+    show_engines(answer, as_json)
+
+
+def wait_until_settled(
+    client: ApiClient, answer: EnginesResponse, wait_s: float
+) -> EnginesResponse:
+    """Poll until the engines that are wanted serve.
+
+    Raises:
+        UnavailableError: they do not within ``wait_s``.
+    """
+    count = answer.target_count
+    deadline = time.monotonic() + wait_s
+    with ProgressBar("engines", count, completed=num_ready(answer)) as bar:
+        while not has_settled(answer):
+            states = ", ".join(f"{e.engine_id} {e.state}" for e in answer.engines) or "none"
             if time.monotonic() > deadline:
-                states = ", ".join(f"{e.engine_id} {e.state}" for e in answer.engines) or "none"
                 raise UnavailableError(
                     f"waited {wait_s:g} s (--wait) for {count} serving engines; now: {states}"
                 )
+            bar.show(num_ready(answer), states)
             time.sleep(WAIT_POLL_S)
             answer = client.get("/v1/engines", EnginesResponse)
-        show_engines(answer, as_json)
+        bar.show(count)
+    return answer
 
 
 @engines_app.command("drain")
@@ -153,8 +173,12 @@ def resume(
 def has_settled(answer: EnginesResponse) -> bool:
     """Whether exactly the wanted number of engines is there, and each can take work."""
     live = [engine for engine in answer.engines if engine.state is not EngineState.DEAD]
-    ready = {EngineState.SERVING, EngineState.PAUSED, EngineState.SYNCING}
-    return len(live) == answer.target_count and all(engine.state in ready for engine in live)
+    return len(live) == answer.target_count == num_ready(answer)
+
+
+def num_ready(answer: EnginesResponse) -> int:
+    """Engines that take work."""
+    return sum(engine.state in READY for engine in answer.engines)
 
 
 def show_engines(answer: EnginesResponse, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from shared.cli import services
+from shared.cli.completion import PROGRAM, completion
 from shared.cli.config import config_app
 from shared.cli.doctor import doctor
 from shared.cli.engines import engines_app, pause, resume
@@ -42,6 +43,7 @@ app.command()(services.calibrate)
 app.command()(services.bench)
 app.command()(doctor)
 app.add_typer(config_app, name="config")
+app.command()(completion)
 
 
 def print_version(wanted: bool) -> None:
@@ -67,7 +69,8 @@ def root(
 def main() -> None:
     """Run the command line; our own errors become one line on stderr and an exit code."""
     try:
-        app()
+        # Also under `python -m shared.cli`: completion goes by this name.
+        app(prog_name=PROGRAM)
     except ConfigurationError as exc:
         typer.echo(f"configuration error: {exc.message}", err=True)
         sys.exit(2)

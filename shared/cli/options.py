@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from shared.cli.api_client import ApiClient
+from shared.cli.completion import complete_setting
 from shared.config.loading import load_run_config
 from shared.config.model_support import check_configured_model
 from shared.config.run import RunConfig
@@ -28,6 +29,7 @@ SetOption = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Override one setting, such as engine.count=2. Repeatable.",
+        autocompletion=complete_setting,
     ),
 ]
 ApiKeyFileOption = Annotated[

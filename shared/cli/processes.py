@@ -65,11 +65,13 @@ class ChildProcess:
         arguments: Sequence[str],
         log_path: Path | None,
         extra_environment: Mapping[str, str] | None = None,
+        output: int | None = None,
     ) -> None:
         """Args:
         name: for messages.
         log_path: file that gets stdout and stderr; None leaves them on the terminal.
         extra_environment: added to ``child_environment()``.
+        output: descriptor that gets stdout where there is no log; None leaves it as ours.
         """
         self.name = name
         self.log_path = log_path
@@ -77,7 +79,7 @@ class ChildProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
-            stdout=self._log,
+            stdout=self._log if self._log is not None else output,
             stderr=subprocess.STDOUT if self._log is not None else None,
             env=child_environment() | dict(extra_environment or {}),
             # An own session keeps Ctrl-C away from it: the supervisor decides the order of ending.

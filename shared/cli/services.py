@@ -82,7 +82,9 @@ def run(
     """Run a whole job: model if needed, server, trainer, live view, report, summary."""
     console = stderr_console()
     try:
-        with Supervisor(resolve_server_config(config, set_), resume=resume) as supervisor:
+        resolved = resolve_server_config(config, set_)
+        # A program reads the summary alone; what is for people moves out of its way.
+        with Supervisor(resolved, resume=resume, talks_on_stderr=as_json) as supervisor:
             console.print(f"run directory: {supervisor.run_dir}", highlight=False)
             supervisor.make_model()
             with console.status("starting engines"):
@@ -115,12 +117,14 @@ def make_model(
     max_operand: Annotated[
         int, typer.Option(min=2, help="Largest operand of a problem.")
     ] = TASK_DEFAULTS.max_operand,
+    as_json: JsonOption = False,
 ) -> None:
     """Create a small model for the CPU demonstration."""
     arguments = [
         *("--output", str(output), "--preset", preset),
         *("--warm-start-steps", str(warm_start_steps), "--seed", str(seed)),
         *("--num-terms", *map(str, num_terms), "--max-operand", str(max_operand)),
+        *(["--json"] if as_json else []),
     ]
     raise typer.Exit(run_module("trainer.demo_model", arguments))
 
@@ -144,9 +148,18 @@ def calibrate(
     raise typer.Exit(code)
 
 
+def complete_benchmark(incomplete: str) -> list[str]:
+    """Names, as make targets are spelt."""
+    names = [name.replace("_", "-") for name in benchmark_names()]
+    return [name for name in names if name.startswith(incomplete)]
+
+
 def bench(
     name: Annotated[
-        str | None, typer.Argument(help="Benchmark; without it they are listed.")
+        str | None,
+        typer.Argument(
+            help="Benchmark; without it they are listed.", autocompletion=complete_benchmark
+        ),
     ] = None,
     run_all: Annotated[bool, typer.Option("--all", help="Run every benchmark in turn.")] = False,
     as_json: JsonOption = False,
@@ -161,7 +174,12 @@ def bench(
     if name is not None and name not in names:
         known = ", ".join(names) or "none"
         raise ConfigurationError(f"no benchmark {name!r}; there are: {known}", param="NAME")
-    codes = [run_module(f"benchmarks.{item}", []) for item in ([name] if name else names)]
+    chosen = [name] if name else names
+    codes = []
+    for number, item in enumerate(chosen, start=1):
+        if len(chosen) > 1:
+            typer.echo(f"{number} of {len(chosen)}: {item}", err=True)
+        codes.append(run_module(f"benchmarks.{item}", []))
     raise typer.Exit(max(codes, default=0))
 
 

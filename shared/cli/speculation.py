@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shared.cli.completion import complete_engine
 from shared.cli.options import (
     DEFAULT_URL,
     ApiKeyFileOption,
@@ -93,6 +94,7 @@ def set_speculation(
         typer.Option(
             "--engine",
             metavar="ID",
+            autocompletion=complete_engine,
             help="Only this engine, until the next change for all. Repeatable.",
         ),
     ] = None,

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +49,12 @@ class Supervisor:
     """Runs one job in the order model, server, trainer, report. A context manager: on leaving,
     whatever it started is stopped, the latest first."""
 
-    def __init__(self, config: RunConfig, *, resume: bool) -> None:
+    def __init__(self, config: RunConfig, *, resume: bool, talks_on_stderr: bool = False) -> None:
+        """
+        Args:
+            talks_on_stderr: children without a log write what they say to stderr.
+        """
+        self._output = sys.stderr.fileno() if talks_on_stderr else None
         self._access = prepare_run_access(config, os.environ)
         self.config = claim_run_directory(config, resume=resume)
         self.run_dir = self.config.run_dir
@@ -84,7 +90,7 @@ class Supervisor:
         demo, path = self.config.demo_model, Path(self.config.model.path)
         if demo is None or (path / "config.json").exists():
             return
-        typer.echo(f"making the model {path} ({demo.preset}), once")
+        typer.echo(f"making the model {path} ({demo.preset}), once", err=True)
         arguments = [
             *("--output", str(path), "--preset", demo.preset),
             *("--warm-start-steps", str(demo.warm_start_steps), "--seed", str(demo.seed)),
@@ -178,7 +184,7 @@ class Supervisor:
         secrets_of_child: Mapping[str, str] | None = None,
     ) -> ChildProcess:
         environment = self._environment | dict(secrets_of_child or {})
-        child = ChildProcess(name, module, arguments, log_path, environment)
+        child = ChildProcess(name, module, arguments, log_path, environment, self._output)
         self._children.append(child)
         return child
 

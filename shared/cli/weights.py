@@ -14,6 +14,7 @@ from shared.cli.options import (
     connect,
 )
 from shared.cli.output import print_json, print_table
+from shared.progress import waiting
 from shared.schemas.weights import AuditRequest, AuditResponse, WeightsResponse
 
 weights_app = typer.Typer(help="See and audit which weights are served.", no_args_is_help=True)
@@ -57,7 +58,10 @@ def audit_weights(
 
     Engines go on generating; one with other weights is taken out and replaced.
     """
-    with connect(url, timeout_s, api_key_file, ca_file) as client:
+    with (
+        connect(url, timeout_s, api_key_file, ca_file) as client,
+        waiting("comparing the weights of every engine"),
+    ):
         answer = client.send("POST", "/v1/weights/audit", AuditRequest(), AuditResponse)
     if as_json:
         print_json(answer)

@@ -18,15 +18,18 @@ class ModelConfig(SettingsModel):
     path: str
     """A Hugging Face causal-LM directory (or hub name, where a hub can be reached)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the served weights; ``auto`` is what the model directory says."""
     max_model_len: int | None = Field(default=None, ge=16)
     """Longest prompt + completion in tokens; the model's own limit when absent."""
     trust_remote_code: bool = False
+    """Run Python code of the model directory, as the engine's user."""
 
 
 class EngineConfig(SettingsModel):
     """How many engines there are and what each of them gets."""
 
     count: int = Field(default=1, ge=0)
+    """Engines at the start; ``PUT /v1/engines`` changes it."""
     max_count: int = Field(default=64, ge=1)
     """Highest count ``PUT /v1/engines`` accepts."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -50,18 +53,25 @@ class EngineConfig(SettingsModel):
     num_kv_blocks: int | None = Field(default=None, ge=4)
     """Exact number of KV blocks instead, for tests and demos."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
+    """Share of a GPU's memory that vLLM may fill (``cuda``)."""
     block_size: int | None = Field(default=None, ge=1)
+    """Tokens of a KV block; vLLM's choice when absent. On CPU a multiple of 32."""
     max_num_seqs: int = Field(default=64, ge=1)
     """Sequences an engine runs at once."""
     max_num_batched_tokens: int = Field(default=2048, ge=16)
     """Tokens an engine processes per step (chunked prefill)."""
     enforce_eager: bool = True
+    """True captures no CUDA graphs: a faster start and slower steps."""
     enable_prefix_caching: bool = True
+    """Prompts that begin alike share KV blocks, within a weight version."""
     seed: int = 0
+    """vLLM's, for requests without a seed of their own."""
     start_timeout_s: float = Field(default=300.0, gt=0)
+    """How long an engine may take to load and be ready."""
     generate_timeout_s: float = Field(default=1800.0, gt=0)
     """Longest a group may take on an engine before it is aborted."""
     drain_timeout_s: float = Field(default=120.0, gt=0)
+    """How long an engine that goes may finish what it has."""
     placement_timeout_s: float = Field(default=300.0, gt=0)
     """How long an engine may wait for a node with room, one that an autoscaling cluster still has
     to start included."""
@@ -219,6 +229,7 @@ class DrafterConfig(SettingsModel):
     enabled: bool = True
     """False starts engines without any drafter (they can never speculate)."""
     scheme: DrafterScheme = DrafterScheme.AUTO
+    """How the copy is quantized."""
     int4_group_size: Literal[32, 64, 128] = 128
     """Input channels that share a scale (scheme ``int4``)."""
     int4_symmetric: bool = True

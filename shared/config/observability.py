@@ -12,6 +12,7 @@ class LoggingConfig(SettingsModel):
     """Logs of our own processes, on stderr (``slipstream run`` puts them into files)."""
 
     level: LogLevel = LogLevel.INFO
+    """The least urgent lines that are written."""
     format: LogFormat = LogFormat.TEXT
     """``json`` is one object per line, with request, group, engine and version as fields."""
 
@@ -20,8 +21,10 @@ class TracingConfig(SettingsModel):
     """OpenTelemetry spans of groups and pushes. Needs the extra ``tracing``."""
 
     enabled: bool = False
+    """Nothing of OpenTelemetry is imported while it is false."""
     endpoint: str = "http://127.0.0.1:4318/v1/traces"
     """Where spans go, as OTLP over HTTP."""
     sample_ratio: float = Field(default=1.0, ge=0.0, le=1.0)
     """Share of traces that are kept; one that a caller began keeps the caller's decision."""
     service_name: str = Field(default="slipstream", min_length=1)
+    """What the spans call this service."""

@@ -22,16 +22,22 @@ class DemoModelConfig(SettingsModel):
     """Creates ``model.path`` with ``slipstream make-model`` when the directory does not exist."""
 
     preset: str = "tiny-arithmetic"
+    """A shape that ``slipstream make-model`` knows."""
     warm_start_steps: int = Field(default=400, ge=0)
+    """Most supervised steps before it is written; fewer where it is right often enough."""
     seed: int = 0
+    """Of its weights and data."""
 
 
 class RunConfig(SettingsModel):
     """Everything ``slipstream serve | train | run`` needs."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    """Of the run and of its directory; one that is taken gets ``-2``, ``-3``, ..."""
     output_dir: str = "runs"
+    """Where run directories are."""
     seed: int = 0
+    """Of the trainer's own random draws."""
     logging: LoggingConfig = LoggingConfig()
     tracing: TracingConfig = TracingConfig()
     model: ModelConfig

@@ -14,9 +14,13 @@ class LimitsConfig(SettingsModel):
     """Upper limits on what a request may ask for; above them the answer is a 4xx."""
 
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
+    """Of a request, counted while it streams in."""
     max_prompts_per_request: int = Field(default=4096, ge=1)
+    """Prompts of one request."""
     max_n: int = Field(default=256, ge=1)
+    """Samples per prompt."""
     max_tokens: int = Field(default=131072, ge=1)
+    """Tokens of one completion."""
     max_stops: int = Field(default=16, ge=0)
     """Stop strings of a request."""
     max_stop_characters: int = Field(default=1024, ge=1)
@@ -70,6 +74,7 @@ class ServerConfig(SettingsModel):
     with 503; ``slipstream run`` does not wait. Whoever kills it after a while must leave it this
     time and ``shutdown_timeout_s`` together."""
     shutdown_timeout_s: float = Field(default=30.0, gt=0)
+    """How long running requests may go on when the server is stopped."""
     status_poll_s: float = Field(default=0.5, gt=0)
     """How often engine load is read for routing and metrics."""
     engine_metrics_timeout_s: float = Field(default=1.0, gt=0)
@@ -117,6 +122,7 @@ class ScoringConfig(SettingsModel):
     """The reward workers."""
 
     num_workers: int = Field(default=1, ge=1)
+    """Reward processes."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Per sample; a worker that takes longer is killed and replaced."""
     rewards: dict[str, str] = Field(default_factory=dict)

@@ -26,6 +26,7 @@ class SpeculationConfig(SettingsModel):
     """The speculation policy engines start with; ``PATCH /v1/speculation`` changes it live."""
 
     mode: SpeculationMode = SpeculationMode.ADAPTIVE
+    """When engines draft."""
     num_speculative_tokens: int = Field(default=4, ge=1, le=16)
     """Draft length per cycle while speculation is on; the longest that ``adaptive`` chooses."""
     max_num_speculative_tokens: int | None = Field(default=None, ge=1, le=16)

@@ -14,6 +14,7 @@ class ObjectiveConfig(SettingsModel):
     """GRPO (arXiv 2402.03300) with a clipped ratio."""
 
     clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """The ratio policy/behaviour is clipped below ``1 - clip_low``."""
     clip_high: float = Field(default=0.2, gt=0.0)
     """Above ``clip_low`` this is DAPO's clip-higher."""
     normalize_by_std: bool = True
@@ -26,13 +27,19 @@ class OptimizerConfig(SettingsModel):
     """AdamW."""
 
     learning_rate: float = Field(default=1e-6, gt=0.0)
+    """After the warm-up."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Updates over which the learning rate rises linearly."""
     weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled, as AdamW has it."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moving averages."""
     max_grad_norm: float = Field(default=1.0, gt=0.0)
+    """Gradients are scaled down to this norm."""
     epochs_per_batch: int = Field(default=1, ge=1)
     """Optimizer passes over each batch of rollouts."""
     minibatches_per_epoch: int = Field(default=1, ge=1)
+    """Optimizer steps in each pass."""
     micro_batch_tokens: int = Field(default=16384, ge=256)
     """Padded tokens per forward/backward pass."""
 
@@ -41,33 +48,47 @@ class SamplingConfig(SettingsModel):
     """How rollouts are sampled."""
 
     temperature: float = Field(default=1.0, gt=0.0)
+    """0 would be greedy, from which nothing is learnt."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus sampling; 1 keeps every token."""
     max_tokens: int = Field(default=256, ge=1)
+    """Longest completion; has to leave room for a prompt in ``model.max_model_len``."""
     eval_temperature: float = Field(default=0.0, ge=0.0)
+    """Of held-out evaluations; 0 is greedy."""
 
 
 class ArithmeticTaskConfig(SettingsModel):
     """Generated arithmetic with worked answers; train and held-out problems never overlap."""
 
     kind: Literal["arithmetic"] = "arithmetic"
+    """Sums that are made up."""
     seed: int = 1234
+    """Of the problems."""
     num_terms: tuple[int, int] = (3, 8)
     """Smallest and largest number of terms; more terms mean longer answers (a long tail)."""
     max_operand: int = Field(default=9, ge=2)
+    """Largest number in a problem."""
     held_out_fraction: float = Field(default=0.1, gt=0.0, lt=1.0)
+    """Share of all problems that is only for evaluation."""
 
 
 class JsonlTaskConfig(SettingsModel):
     """Prompts with answers from JSONL files: ``{"prompt" | "messages", "answer"}`` per line."""
 
     kind: Literal["jsonl"] = "jsonl"
+    """Files of yours."""
     train_path: str
+    """File to train from."""
     held_out_path: str | None = None
+    """File to evaluate on; what is in it is not trained on."""
     held_out_fraction: float = Field(default=0.05, gt=0.0, lt=1.0)
     """Used when ``held_out_path`` is absent."""
     prompt_field: str = "prompt"
+    """Key of a prompt that is text; a chat is always ``messages``."""
     answer_field: str = "answer"
+    """Key of the reference answer."""
     seed: int = 0
+    """Of the order."""
 
 
 TaskConfig = Annotated[ArithmeticTaskConfig | JsonlTaskConfig, Field(discriminator="kind")]
@@ -77,7 +98,9 @@ class RewardConfig(SettingsModel):
     """Which reward the server applies."""
 
     name: str = "numeric_answer"
+    """A built-in reward, or one of ``scoring.rewards``."""
     params: JsonObject = Field(default_factory=dict)
+    """Its parameters."""
 
 
 class TrainerConfig(SettingsModel):
@@ -91,22 +114,30 @@ class TrainerConfig(SettingsModel):
     ca_file: str | None = None
     """PEM certificates that the server's is checked against, instead of the system's."""
     api_timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for the server without any progress."""
     push_retries: int = Field(default=1, ge=0)
     """Of a push that the server took back because engines failed in it. An accident does not repeat
     itself, and each attempt may cost engines, which are started again."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: a GPU where torch finds one."""
     num_threads: int = Field(default=0, ge=0)
     """Torch threads of the trainer; 0 leaves torch's default."""
     num_steps: int = Field(default=20, ge=0)
+    """Optimizer steps of the run: one batch of rollouts and one push each."""
     prompts_per_step: int = Field(default=32, ge=1)
+    """Prompts of a batch."""
     group_size: int = Field(default=8, ge=2)
+    """Samples per prompt; advantages are relative to their mean."""
     max_policy_lag: int = Field(default=1, ge=0)
+    """Samples with tokens of older versions than this are not trained on."""
     eval_every: int = Field(default=5, ge=0)
     """Steps between held-out evaluations; 0 evaluates only at start and end."""
     eval_prompts: int = Field(default=128, ge=1)
+    """Held-out problems of an evaluation."""
     checkpoint_every: int = Field(default=10, ge=0)
     """Steps between checkpoints; 0 writes only the last one."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """The latest ones; older ones are removed."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     sampling: SamplingConfig = SamplingConfig()

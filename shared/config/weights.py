@@ -15,10 +15,13 @@ class WeightsConfig(SettingsModel):
     """The weight path."""
 
     transport: TransportKind = TransportKind.SHARED_MEMORY
+    """How the bytes travel."""
     shared_memory_dir: str = "/dev/shm"
+    """Of ``shared_memory``, and of the copies of ``ray`` on every node."""
     filesystem_dir: str | None = None
     """Of the transport ``filesystem``: seen under this path by trainer, server and engines."""
     delta: DeltaMode = DeltaMode.AUTO
+    """When a trainer sends only what changed."""
     delta_max_share: float = Field(default=0.25, gt=0, le=1)
     """Of the tensors' bytes; where a delta would be longer, a trainer pushes every tensor."""
     bucket_mib: int = Field(default=256, ge=1)
@@ -29,28 +32,36 @@ class WeightsConfig(SettingsModel):
     transfer_timeout_s: float = Field(default=300.0, gt=0)
     """How long a whole version may take to the nodes of all engines (``ray``)."""
     pause_mode: PauseMode = PauseMode.KEEP
+    """What a push does to running sequences."""
     recompute_kv: bool = False
     """Running sequences compute their KV again under the new weights before they go on
     (``pause_mode: keep``); else their old tokens keep the KV of the weights that made them."""
     commit_policy: CommitPolicy = CommitPolicy.QUORUM
+    """How many engines have to load a push."""
     commit_quorum: float = Field(default=0.5, gt=0, le=1)
     """Share of the engines that must load a push under ``commit_policy: quorum``."""
     stage_timeout_s: float = Field(default=60.0, gt=0)
+    """How long verifying may take, and staging on an engine."""
     pause_timeout_s: float = Field(default=60.0, gt=0)
+    """How long an engine may take to stand still."""
     commit_timeout_s: float = Field(default=60.0, gt=0)
+    """How long an engine may take to load."""
     lock_timeout_s: float = Field(default=120.0, ge=0)
     """How long a second push waits for the first; 0 refuses it at once."""
     audit_every: int = Field(default=0, ge=0)
     """Compare every engine's live weights with the committed ones after so many pushes; 0: only
     when asked (``POST /v1/weights/audit``)."""
     audit_timeout_s: float = Field(default=300.0, gt=0)
+    """How long an engine may take over an audit."""
     history_size: int = Field(default=100, ge=1)
+    """Pushes that ``GET /v1/weights`` remembers."""
     state_dir: str | None = None
     """Where the committed version is recorded; ``<run_dir>/weights`` when absent."""
     keep_on_stop: bool = True
     """A server that is stopped leaves its last weights in ``state_dir`` for the next start. False
     forgets them: the next start serves the model directory as version 0."""
     lost_snapshot: LostSnapshotPolicy = LostSnapshotPolicy.FAIL
+    """What a start does whose committed weights are gone."""
 
     @property
     def directory(self) -> Path:

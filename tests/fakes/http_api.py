@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from shared.types import FinishReason
+from tests.fakes.rollouts import rollout_sample
 
 ENGINE: dict[str, Any] = {
     "engine_id": "engine-0",
@@ -86,6 +90,13 @@ class HttpApi:
         """What an audit finds different."""
         self.cut_stream_after: int | None = None
         """Groups after which the next streamed answer breaks off, once."""
+        self.hang_stream_after: int | None = None
+        """Groups after which streamed answers say nothing more, until ``go_on`` is set."""
+        self.go_on = threading.Event()
+        self.num_aborted_streams = 0
+        """Streamed answers whose samples end before their time, from the next one on."""
+        self.kept_state: str | None = None
+        """State of every rollout request that is asked for; None: it is not known."""
         self.refusal: tuple[int, dict[str, Any]] | None = None
         """Status and error body of every answer, while set."""
 
@@ -117,7 +128,27 @@ class HttpApi:
                 "engines": [report],
                 "engines_removed": removed,
             }
+        if path.startswith("/v1/rollouts/"):
+            return self.rollouts(path.removeprefix("/v1/rollouts/"))
         return None
+
+    def rollouts(self, request_id: str) -> dict[str, Any] | None:
+        """Answer of ``GET`` and ``DELETE /v1/rollouts/{request_id}``."""
+        if self.kept_state is None:
+            return None
+        bodies = [body for _, path, body in self.requests if path == "/v1/rollouts"]
+        body = next(body for body in bodies if body["request_id"] == request_id)
+        groups = [self.group(index, item) for index, item in enumerate(body["prompts"])]
+        counts = ("prompt", "completion", "draft", "accepted")
+        usage = {f"num_{name}_tokens": 0 for name in counts}
+        result = {"request_id": request_id, "groups": groups, "usage": usage}
+        return {
+            "request_id": request_id,
+            "state": self.kept_state,
+            "num_groups": len(groups),
+            "num_finished_groups": 0,
+            "result": result if self.kept_state == "finished" else None,
+        }
 
     def speculation(self, change: dict[str, Any]) -> dict[str, Any]:
         """Answer of ``/v1/speculation``; a change for one engine shows as its own settings."""
@@ -148,16 +179,26 @@ class HttpApi:
             if self.cut_stream_after == number:
                 self.cut_stream_after = None
                 return
-            group = {
-                "group_id": f"group={index}",
-                "prompt_index": index,
-                "prompt_token_ids": [1],
-                "answer": prompt.get("answer"),
-                "metadata": {"text": prompt.get("prompt")},
-                "samples": [],
-            }
+            if self.hang_stream_after == number:
+                self.go_on.wait(20)
+            group = self.group(index, prompt)
+            if self.num_aborted_streams > 0:
+                sample = rollout_sample(0, reward=None, finish_reason=FinishReason.ABORT)
+                group["samples"] = [sample.model_dump(mode="json")]
             yield {"type": "group", "request_id": request_id, "group": group}
+        self.num_aborted_streams -= 1
         yield {"type": "done", "request_id": request_id}
+
+    def group(self, index: int, prompt: dict[str, Any]) -> dict[str, Any]:
+        """One prompt's result."""
+        return {
+            "group_id": f"group={index}",
+            "prompt_index": index,
+            "prompt_token_ids": [1],
+            "answer": prompt.get("answer"),
+            "metadata": {"text": prompt.get("prompt")},
+            "samples": [],
+        }
 
 
 @contextmanager
@@ -175,13 +216,14 @@ def running_api() -> Iterator[HttpApi]:
             elif self.path == "/v1/rollouts":
                 self.send_response(200)
                 self.end_headers()
-                for line in api.stream(body):
-                    self.wfile.write(json.dumps(line).encode() + b"\n")
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    for line in api.stream(body):
+                        self.wfile.write(json.dumps(line).encode() + b"\n")
             else:
                 answer = api.answer(self.command, self.path, body)
                 self.send(404 if answer is None else 200, answer or {})
 
-        do_GET = do_PUT = do_PATCH = do_POST = handle_any
+        do_GET = do_PUT = do_PATCH = do_POST = do_DELETE = handle_any
 
         def send(self, status: int, body: dict[str, Any]) -> None:
             content = json.dumps(body).encode()
@@ -202,6 +244,7 @@ def running_api() -> Iterator[HttpApi]:
     try:
         yield api
     finally:
+        api.go_on.set()
         server.shutdown()
         thread.join()
         server.server_close()

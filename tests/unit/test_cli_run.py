@@ -121,6 +121,15 @@ def test_a_run_serves_trains_reports_and_leaves_nothing_behind(workplace: Path) 
     assert nothing_is_left(run_dir)
 
 
+def test_with_json_stdout_holds_the_summary_and_nothing_else(workplace: Path) -> None:
+    process = start(workplace, options=("--json",))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    summary = workplace / "runs" / "job" / "summary.json"
+    assert json.loads(output) == json.loads(summary.read_text())
+    assert "step 2  reward 0.200" in errors
+
+
 @pytest.mark.slow
 def test_a_second_run_gets_its_own_directory_and_resume_takes_the_first(workplace: Path) -> None:
     for options in ((), (), ("--resume",)):

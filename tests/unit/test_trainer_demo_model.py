@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -159,6 +160,8 @@ def test_the_command_makes_a_model_and_refuses_wrong_arguments(
     assert "made, micro" in capsys.readouterr().out
     assert main(arguments) == 0
     assert "already there" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["preset"] == "micro"
     with pytest.raises(SystemExit) as caught:
         main([*arguments, "--preset", "giant"])
     assert caught.value.code == 2

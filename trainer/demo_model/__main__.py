@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from shared.config.trainer import ArithmeticTaskConfig
 from shared.errors import ConfigurationError, SlipstreamError
+from shared.progress import ProgressBar, is_watched
 from trainer.demo_model.presets import Preset
 
 if TYPE_CHECKING:
     from trainer.demo_model.warm_start import WarmStartProgress
 
 _REPORT_EVERY_STEPS = 20
+"""Where nobody watches a bar."""
 _MAX_NUM_THREADS = 2
 
 
@@ -69,6 +71,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         default=defaults.max_operand,
         help="largest operand (trainer.task.max_operand)",
     )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     if options.warm_start_steps < 0:
         parser.error(f"--warm-start-steps {options.warm_start_steps} is below 0")
@@ -85,14 +88,19 @@ def _make(options: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(min(_MAX_NUM_THREADS, torch.get_num_threads()))
     existed = options.output.exists()
-    report = make_model(
-        options.output,
-        options.preset,
-        options.seed,
-        options.warm_start_steps,
-        ArithmeticTaskConfig(num_terms=tuple(options.num_terms), max_operand=options.max_operand),
-        _print_progress,
-    )
+    task = ArithmeticTaskConfig(num_terms=tuple(options.num_terms), max_operand=options.max_operand)
+    with ProgressBar("warm start", options.warm_start_steps) as bar:
+        report = make_model(
+            options.output,
+            options.preset,
+            options.seed,
+            options.warm_start_steps,
+            task,
+            lambda progress: _show_progress(progress, bar),
+        )
+    if options.json:
+        print(report.model_dump_json(indent=2))
+        return 0
     accuracy = ""
     if report.accuracy is not None:
         accuracy = (
@@ -106,7 +114,10 @@ def _make(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_progress(progress: WarmStartProgress) -> None:
+def _show_progress(progress: WarmStartProgress, bar: ProgressBar) -> None:
+    bar.show(progress.step, f"loss {progress.loss:.3f}")
+    if is_watched():
+        return
     if progress.accuracy is None and progress.step % _REPORT_EVERY_STEPS:
         return
     accuracy = ""
@@ -117,7 +128,7 @@ def _print_progress(progress: WarmStartProgress) -> None:
         )
     print(
         f"warm start {progress.step}/{progress.num_steps}: loss {progress.loss:.3f}{accuracy}",
-        flush=True,
+        file=sys.stderr,
     )
 
 
