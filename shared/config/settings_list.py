@@ -7,10 +7,10 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 from typing import Any
 
-from shared import types
 from shared.config.base import SettingsModel
 from shared.config.run import RunConfig
 
@@ -180,8 +180,9 @@ def _text(docstring: str) -> str:
 
 @cache
 def _value_meanings(enum_name: str) -> dict[str, str]:
-    """By value: the text under each member of an enum of ``shared.types``."""
-    tree = ast.parse(inspect.getsource(getattr(types, enum_name)))
+    """By value: the text under each member of an enum of ours."""
+    (enum,) = (kind for kind in StrEnum.__subclasses__() if kind.__name__ == enum_name)
+    tree = ast.parse(inspect.getsource(enum))
     definition = tree.body[0]
     assert isinstance(definition, ast.ClassDef)
     found: dict[str, str] = {}
