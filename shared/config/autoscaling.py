@@ -13,9 +13,11 @@ class AutoscalingConfig(SettingsModel):
     """Off by default: starting an engine costs a model load, and most trainers know their load."""
 
     enabled: bool = False
+    """Whether the server scales by itself."""
     pool: str | None = None
     """Which pool is scaled; may be left out where there is one."""
     min_count: int = Field(default=1, ge=0)
+    """Never fewer engines."""
     max_count: int | None = Field(default=None, ge=1)
     """The pool's own ``max_count`` when absent."""
     queue_share: float = Field(default=0.25, gt=0.0)

@@ -43,6 +43,7 @@ class EngineConfig(SettingsModel):
     """Ray GPUs an engine reserves, all on one node; absent: one per rank on ``cuda``, none on
     ``cpu``. A fraction lets engines of one rank share a GPU."""
     tensor_parallel_size: int = Field(default=1, ge=1)
+    """Ranks of an engine; each needs a GPU on ``cuda``."""
     placement: PlacementConfig = PlacementConfig()
     pools: list[PoolConfig] = Field(default_factory=list)
     """Engines of several kinds; replaces ``count`` and ``max_count``. Empty: one pool,
@@ -90,7 +91,7 @@ class EngineConfig(SettingsModel):
     """Engines a pool may lose in ``restart_window_s`` for each one asked for. One more, and it
     replaces none until ``PUT /v1/engines``."""
     restart_window_s: float = Field(default=600.0, gt=0)
-    """What the budget is of."""
+    """Losses older than this no longer count."""
     vllm_args: dict[str, JsonValue] = Field(default_factory=dict)
     """More ``vllm.AsyncEngineArgs``, by vLLM's names. What slipstream sets itself is refused."""
 

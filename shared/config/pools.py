@@ -40,15 +40,23 @@ class PoolConfig(SettingsModel):
     """One pool. What is left out is as under ``engine``."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
+    """By which commands, metrics and engine ids know it."""
     count: int = Field(default=1, ge=0)
+    """Engines at the start."""
     max_count: int = Field(default=64, ge=1)
     """Highest count ``PUT /v1/engines`` accepts for it."""
     tensor_parallel_size: int | None = Field(default=None, ge=1)
+    """Instead of ``engine.tensor_parallel_size``."""
     num_cpus: float | None = Field(default=None, ge=0.0)
+    """Instead of ``engine.num_cpus``."""
     num_gpus: float | None = Field(default=None, ge=0.0)
+    """Instead of ``engine.num_gpus``."""
     cpu_cores: list[str] | None = None
+    """Instead of ``engine.cpu_cores``."""
     kv_cache_memory_mib: int | None = Field(default=None, ge=1)
+    """Instead of ``engine.kv_cache_memory_mib``."""
     gpu_memory_utilization: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Instead of ``engine.gpu_memory_utilization``."""
     placement: PlacementConfig | None = None
 
     @model_validator(mode="after")
