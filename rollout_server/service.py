@@ -20,6 +20,7 @@ from rollout_server.health import HealthLimits
 from rollout_server.health_watch import HealthWatch
 from rollout_server.live_speculation import LiveSpeculation
 from rollout_server.metrics import MetricSources, ServiceMetrics
+from rollout_server.readiness import readiness
 from rollout_server.rollouts.group_run import ExecutionParts
 from rollout_server.rollouts.ledger import Ledger, NoLedger
 from rollout_server.rollouts.ledger_records import Forgotten
@@ -27,13 +28,10 @@ from rollout_server.rollouts.registry import RolloutRegistry
 from rollout_server.rollouts.restoring import restore_requests
 from rollout_server.rollouts.result_store import ResultStore
 from rollout_server.router.router import Router
-from rollout_server.router.strategy import READY_STATES
 from rollout_server.status_poller import StatusPoller
 from rollout_server.tokenizer import completion_text
 from rollout_server.weight_metrics import ObservedPushes
 from shared.config.run import RunConfig
-from shared.errors import UnavailableError
-from shared.pool_types import RestartState
 from shared.schemas.engines import EnginesResponse
 from shared.schemas.operations import ReadyzResponse
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest
@@ -283,27 +281,7 @@ class RolloutService:
         Raises:
             UnavailableError: none does, or the server is draining.
         """
-        if self.router.accounts.refusal is not None:
-            raise UnavailableError(self.router.accounts.refusal)
-        quarantined = [
-            pool.name
-            for pool in self._pool.pools()
-            if pool.restart_state is RestartState.QUARANTINED
-        ]
-        engines = self._pool.engines()
-        num_ready = sum(engine.state in READY_STATES for engine in engines)
-        if num_ready == 0:
-            states = ", ".join(f"{engine.engine_id} {engine.state.value}" for engine in engines)
-            raise UnavailableError(
-                f"0 of {self._pool.target_count} engines are ready (engines: {states or 'none'}; "
-                f"quarantined pools: {', '.join(quarantined) or 'none'})"
-            )
-        return ReadyzResponse(
-            num_ready_engines=num_ready,
-            num_engines=len(engines),
-            target_count=self._pool.target_count,
-            quarantined_pools=quarantined,
-        )
+        return readiness(self._pool, self.router.accounts.refusal)
 
     def _on_group(self, group: RolloutGroup, request: RolloutRequest) -> None:
         self.metrics.observe_group(group)

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from time import monotonic
 
+from rollout_server.rollouts.deadline import ended_after
 from rollout_server.rollouts.group_run import ExecutionParts, Generate, run_group
 from rollout_server.rollouts.kept_groups import KeptGroup, KeptGroups, kept_group
 from rollout_server.rollouts.ledger_records import Ended, GroupFinished, RecordedError
@@ -23,9 +24,6 @@ from shared.schemas.rollouts import RolloutGroup, RolloutRequest, RolloutUsage
 from shared.types import FinishReason, RolloutRunState
 
 LOGGER = logging.getLogger(__name__)
-
-ABORT_REPEAT_S = 0.5
-"""A group may have been on its way to an engine when it was to end."""
 
 OnEnd = Callable[["RolloutExecution", Ended | None], None]
 """Called with how it ended, or None where the end of the server has interrupted it."""
@@ -170,15 +168,8 @@ class RolloutExecution:
     async def _run(self, on_end: OnEnd) -> None:
         with log_context(request_id=self.request_id):
             started_s = monotonic()
-            deadline_s = self._request.deadline_s
-            deadline = (
-                None
-                if deadline_s is None
-                else asyncio.create_task(self._end_at_the_deadline(deadline_s))
-            )
-            await self._run_groups(on_end)
-            if deadline is not None:
-                deadline.cancel()
+            async with ended_after(self._request.deadline_s, self.abort):
+                await self._run_groups(on_end)
             LOGGER.info(
                 "rollout %s %s: %d of %d groups, %d completion tokens, %.3f s",
                 self.request_id,
@@ -188,13 +179,6 @@ class RolloutExecution:
                 self.usage.num_completion_tokens,
                 monotonic() - started_s,
             )
-
-    async def _end_at_the_deadline(self, deadline_s: float) -> None:
-        await asyncio.sleep(deadline_s)
-        LOGGER.info("rollout %s: deadline_s %g has passed", self.request_id, deadline_s)
-        while True:  # until the run has ended, which cancels this
-            await self.abort()
-            await asyncio.sleep(ABORT_REPEAT_S)
 
     async def _run_groups(self, on_end: OnEnd) -> None:
         is_interrupted = False

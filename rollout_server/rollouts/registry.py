@@ -17,8 +17,9 @@ from time import monotonic
 
 from rollout_server.collaborators import Tokenizer
 from rollout_server.engine.protocol import ModelInfo
+from rollout_server.rollouts.deadline import ABORT_REPEAT_S
 from rollout_server.rollouts.durable_requests import body_of, digest_of, missing
-from rollout_server.rollouts.execution import ABORT_REPEAT_S, RolloutExecution
+from rollout_server.rollouts.execution import RolloutExecution
 from rollout_server.rollouts.group_run import ExecutionParts
 from rollout_server.rollouts.kept_groups import KeptGroups
 from rollout_server.rollouts.ledger_records import AbortAsked, Accepted, Ended
