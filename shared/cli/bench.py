@@ -73,6 +73,7 @@ def _add_command(module: str, name: str, *, hidden: bool) -> None:
 
 
 for _module in benchmark_names():
-    _add_command(_module, _module, hidden=False)
-    if "_" in _module:  # as make targets are spelt
-        _add_command(_module, _module.replace("_", "-"), hidden=True)
+    # As make targets are spelt, and as the module is.
+    _add_command(_module, _module.replace("_", "-"), hidden=False)
+    if "_" in _module:
+        _add_command(_module, _module, hidden=True)

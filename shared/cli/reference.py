@@ -59,7 +59,8 @@ def _below(name: str, command: Command) -> Iterator[tuple[str, Command]]:
         yield name, command
         return
     for child_name, child in children.items():
-        yield from _below(f"{name} {child_name}", child)
+        if not child.hidden:  # a second name of another
+            yield from _below(f"{name} {child_name}", child)
 
 
 def _section(name: str, command: Command) -> str:
