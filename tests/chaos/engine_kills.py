@@ -33,7 +33,9 @@ from tests.support.server_process import START_TIMEOUT_S, ServerProcess, wait_un
 NUM_ENGINES = 2
 NUM_CLIENTS = 3
 NUM_TOKENS = 160
-NUM_SAMPLES = 2
+NUM_SAMPLES = 1
+"""Greedy sampling has one."""
+NUM_PROMPTS = 4
 PUSH_EVERY = 5
 """Kills between two pushes."""
 HANG_S = 60.0
@@ -170,7 +172,7 @@ class EngineKillRun:
         for serial in itertools.count():
             if self._is_over.is_set():
                 break
-            indices = choose.sample(range(len(self._prompts)), 2)
+            indices = choose.sample(range(len(self._prompts)), NUM_PROMPTS)
             request = rollout_request(
                 [self._prompts[index] for index in indices],
                 request_id=f"c{number}-{serial}-{os.getpid()}",
