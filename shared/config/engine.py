@@ -76,7 +76,7 @@ class EngineConfig(SettingsModel):
     placement_timeout_s: float = Field(default=300.0, gt=0)
     """How long an engine may wait for a node with room, one that an autoscaling cluster still has
     to start included."""
-    status_timeout_s: float = Field(default=15.0, gt=0, le=30.0)
+    status_timeout_s: float = Field(default=8.0, gt=0, le=30.0)
     """How long an engine may take to answer for its load. It answers between two steps."""
     max_status_timeouts: int = Field(default=3, ge=1)
     """So many in a row, and the engine is given up and replaced."""
