@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import (
 from rollout_server.engine.actor import EngineActor
 from rollout_server.engine.arguments import EngineSpec, engine_environment
 from rollout_server.engine.placement import (
+    NODE_ID_LABEL,
     EngineNeeds,
     NodeView,
     PlacedEngine,
@@ -35,6 +36,8 @@ FREE_OBJECTS_AT_ONCE = ("RAY_free_objects_period_milliseconds", "0")
 """By default Ray 2.60 frees once a second what nobody refers to; by then many buckets of weights
 would have taken new memory in the store, where two are enough. Read by each node at its start."""
 MAX_CONCURRENT_CALLS = 1024
+CHOSEN_NODE_TIMEOUT_S = 10.0
+"""How long an engine waits for the node it was meant for, which others may have filled."""
 """Calls an engine actor runs at once; each sample group in flight is one."""
 
 
@@ -135,14 +138,7 @@ class RayEngineHost:
         )
         try:
             if self._needs.resources:
-                self._group = placement_group(
-                    [self._needs.resources],
-                    strategy="STRICT_PACK",
-                    name=self._actor_name,
-                    _soft_target_node_id=self._chosen_node_id,
-                    bundle_label_selector=[self._needs.labels] if self._needs.labels else None,
-                )
-                await self._wait_for_room(self._group)
+                await self._reserve()
             self._actor = (
                 ray.remote(EngineActor)
                 .options(
@@ -172,8 +168,32 @@ class RayEngineHost:
         if group is not None:
             remove_placement_group(group)
 
-    async def _wait_for_room(self, group: PlacementGroup) -> None:
-        timeout_s = self._spec.engine.placement_timeout_s
+    async def _reserve(self) -> None:
+        """On the chosen node; where Ray finds room, if others hold that node's by now.
+
+        Not with Ray's soft target: Ray 2.60 then often takes another node although there is room.
+        """
+        if self._chosen_node_id is not None:
+            labels = self._needs.labels | {NODE_ID_LABEL: self._chosen_node_id}
+            self._group = self._new_group(self._actor_name, labels)
+            try:
+                await self._wait_for_room(self._group, CHOSEN_NODE_TIMEOUT_S)
+            except EngineError:
+                remove_placement_group(self._group)
+            else:
+                return
+        self._group = self._new_group(f"{self._actor_name}-elsewhere", self._needs.labels)
+        await self._wait_for_room(self._group, self._spec.engine.placement_timeout_s)
+
+    def _new_group(self, name: str, labels: dict[str, str]) -> PlacementGroup:
+        return placement_group(
+            [self._needs.resources],
+            strategy="STRICT_PACK",
+            name=name,
+            bundle_label_selector=[labels] if labels else None,
+        )
+
+    async def _wait_for_room(self, group: PlacementGroup, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
                 await _awaited(group.ready())
