@@ -103,7 +103,9 @@ def _cluster(config: RunConfig) -> Iterator[None]:
         if options.address is not None:
             ray.init(address=options.address, log_to_driver=True)
         else:
+            # "local": one that happens to run on this machine is somebody else's.
             ray.init(
+                address="local",
                 include_dashboard=False,
                 num_cpus=options.num_cpus,
                 object_store_memory=options.object_store_mib * MIB,
