@@ -56,7 +56,7 @@ class Connection:
             self._writer.write(request)
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 answer = await _read_answer(self._reader)
-        except BaseException:
+        except BaseException:  # whatever it is, then passed on
             self.close()  # in the middle of an answer: of no use to the next
             raise
         if answer.headers.get("connection", "").lower() == "close":

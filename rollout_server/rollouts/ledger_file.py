@@ -80,7 +80,7 @@ class LedgerFile:
         try:
             yield
             self._connection.execute("COMMIT")
-        except BaseException:
+        except BaseException:  # nothing of a transaction that did not end is kept
             # On some errors (a full disk) SQLite has done so by itself.
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")

@@ -62,7 +62,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         _check_whole(connection)
         # Whether it can be written is known now, and not at the first request.
         connection.execute(sql.COUNT_START)
-    except BaseException:
+    except BaseException:  # an interrupt, too: the file must not stay locked
         connection.close()
         raise
     return connection

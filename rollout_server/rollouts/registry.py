@@ -224,7 +224,7 @@ class RolloutRegistry:
     ) -> None:
         try:
             await self._parts.ledger.accept(change)
-        except BaseException:
+        except BaseException:  # a cancellation, too: its room is free again, then passed on
             self._parts.router.accounts.release(change.num_samples)
             del self._running[execution.request_id]
             if failed is not None:

@@ -40,7 +40,7 @@ class ResultFile:
         try:
             self._lock()
             self.finished = self._read()
-        except BaseException:
+        except BaseException:  # an interrupt, too: the lock goes with the descriptor
             os.close(self._descriptor)
             raise
 
