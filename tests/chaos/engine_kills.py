@@ -106,8 +106,7 @@ class EngineKillRun:
 
     def kill_once(self, victim: str) -> None:
         """Kill, wait until it is noticed, and until as many engines serve as before."""
-        before = self._serving()
-        name, pid = self._find(victim, before)
+        name, pid = self._find(victim, self._known_engines())
         time.sleep(self._random.uniform(0.0, 1.0))
         started = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
@@ -141,7 +140,19 @@ class EngineKillRun:
         assert answer.status_code == 200, answer.text
         self._version = version
 
-    def _serving(self) -> dict[str, int]:
+    def _known_engines(self) -> dict[str, int]:
+        """Pids of all engines; an engine serves a moment before its status tells its pid."""
+        known: dict[str, int] = {}
+
+        def are_known() -> bool:
+            known.clear()
+            known.update((name, pid) for name, pid in self._serving().items() if pid is not None)
+            return len(known) == NUM_ENGINES
+
+        wait_until(are_known, HANG_S, "the status of every engine to name its pid")
+        return known
+
+    def _serving(self) -> dict[str, int | None]:
         """Pids of the engines that serve, by id; none while the server does not answer."""
         try:
             engines = self._server.client.get("/v1/engines", timeout=10).json()["engines"]
