@@ -121,6 +121,16 @@ class PauseMode(StrEnum):
     """End them; partial output is returned with ``finish_reason: abort``."""
 
 
+class DrafterRebuild(StrEnum):
+    """When the drafter is made anew after a push."""
+
+    BETWEEN_STEPS = "between_steps"
+    """After generation has resumed, some layers between every two steps. Nothing is drafted until
+    it is done."""
+    IN_PAUSE = "in_pause"
+    """Before generation resumes."""
+
+
 class DrafterScheme(StrEnum):
     """Round-to-nearest scheme of the drafter's linear layers."""
 

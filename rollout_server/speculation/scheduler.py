@@ -29,7 +29,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
-from rollout_server.drafter.lag import is_rebuild_due
+from rollout_server.drafter.lag import WeightVersions
 from rollout_server.engine.vllm_plugin.drafts import DRAFTS_ATTRIBUTE
 from rollout_server.engine.vllm_plugin.settings import plugin_settings
 from rollout_server.speculation.cost_model import CostModel
@@ -65,8 +65,8 @@ class _SlipstreamScheduling(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = plugin_settings(self.vllm_config)
-        self.target_version = settings.initial_weight_version
-        self.drafter_version = settings.initial_weight_version
+        version = settings.initial_weight_version
+        self.versions = WeightVersions(target=version, drafter=version)
         self._requantize_every = settings.drafter.requantize_every
         self.num_generation_tokens = 0
         self.num_prompt_tokens = 0
@@ -111,9 +111,7 @@ class _SlipstreamScheduling(Scheduler):
             kv_cache_usage=self.kv_cache_manager.usage,
             num_running_reqs=num_reqs,
             num_waiting_reqs=len(self.waiting),
-            drafter_is_current=not is_rebuild_due(
-                self.target_version, self.drafter_version, self._requantize_every
-            ),
+            drafter_is_current=self.versions.may_draft(self._requantize_every),
             # Those still prefilling decode within a step or two, before drafts are verified.
             num_decode_reqs=num_reqs,
             num_kv_tokens=sum([request.num_computed_tokens for request in self.running]),
@@ -215,12 +213,17 @@ class _SlipstreamScheduling(Scheduler):
     def report_speculation(self, since_step: int) -> EngineSpeculation:
         return self.speculation.report(since_step, self.kv_cache_manager.usage)
 
-    def set_weight_versions(self, target_version: int, drafter_version: int) -> None:
-        """Called inside the pause of a commit, after target and drafter were replaced."""
-        if (target_version, drafter_version) != (self.target_version, self.drafter_version):
+    def set_weight_versions(self, versions: WeightVersions) -> None:
+        """Called inside the pause of a commit, after the target was replaced, and once the drafter
+        was, inside that pause or later."""
+        is_change = (versions.target, versions.drafter) != (
+            self.versions.target,
+            self.versions.drafter,
+        )
+        # What drafts are worth changes with the first that are made of the new pair.
+        if is_change and not versions.is_rebuilding:
             self.speculation.weights_changed()
-        self.target_version = target_version
-        self.drafter_version = drafter_version
+        self.versions = versions
         # Waiting requests will compute (all of) their KV under the new weights; running ones keep
         # the key their KV was computed under.
         for request in self.waiting:
@@ -244,7 +247,7 @@ class _SlipstreamScheduling(Scheduler):
         """
         salt, separator, _ = (request.cache_salt or "").rpartition("@v")
         request.cache_salt = (
-            f"{salt if separator else request.cache_salt or ''}@v{self.target_version}"
+            f"{salt if separator else request.cache_salt or ''}@v{self.versions.target}"
         )
         request.block_hashes.clear()
         request.update_block_hashes()

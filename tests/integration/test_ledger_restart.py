@@ -127,9 +127,7 @@ async def test_an_accepted_request_is_run_though_nobody_asks_again(
         assert (await client.get("/v1/rollouts/r")).json()["num_finished_groups"] == 3
 
 
-async def test_a_request_without_a_name_is_not_run_on_for_nobody(
-    path: Path, killed: Path
-) -> None:
+async def test_a_request_without_a_name_is_not_run_on_for_nobody(path: Path, killed: Path) -> None:
     slow, fast = slow_and_fast()
     async with life(path, slow, fast) as (client, first_service):
         leaving = asyncio.create_task(post(client, body()))
