@@ -16,7 +16,8 @@ Leans on (vLLM 0.32.0): ``Scheduler`` (CPU, where vLLM schedules synchronously) 
 ``KVCacheManager.block_pool``; ``Scheduler._free_request``;
 ``Scheduler.make_spec_decoding_stats``; ``Scheduler.update_from_output`` and
 ``update_draft_token_ids``, called after it; ``Request.cache_salt``, ``block_hashes`` and
-``update_block_hashes``; ``Scheduler._preempt_request``.
+``update_block_hashes``; ``Scheduler._preempt_request``; ``Request.spec_decode_metrics``;
+``Scheduler._update_request_with_output``, called right after ``make_spec_decoding_stats``.
 """
 
 from __future__ import annotations
@@ -37,11 +38,8 @@ from rollout_server.speculation.driver import SpeculationDriver
 from rollout_server.speculation.request_drafts import RequestDrafts
 from rollout_server.speculation.room import draft_room, useful_draft_length
 from rollout_server.speculation.step_clock import StepClock
-from rollout_server.speculation.steps import (
-    EngineLoadSample,
-    SpeculationDecision,
-    StepShape,
-)
+from rollout_server.speculation.steps import EngineLoadSample, SpeculationDecision, StepShape
+from rollout_server.speculation.token_origins import OriginNotes
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.types import SpeculationMode
 
@@ -80,6 +78,7 @@ class _SlipstreamScheduling(Scheduler):
         self._step_clock = StepClock()
         self._decided: tuple[EngineLoadSample, SpeculationDecision] | None = None
         self._request_drafts = RequestDrafts()
+        self._origin_notes = OriginNotes()
         if self.num_spec_tokens > 0:
             self.dynamic_sd_lookup = _DraftLengthLookup(self)
 
@@ -262,6 +261,7 @@ class _SlipstreamScheduling(Scheduler):
     ) -> Any:
         if num_draft_tokens:
             self.speculation.count_draft(num_draft_tokens, num_accepted_tokens)
+            self._origin_notes.verified(request_id, num_draft_tokens, num_accepted_tokens)
             if self.speculation.controller.policy.per_request:
                 self._request_drafts.count(request_id, num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(
@@ -279,6 +279,7 @@ class _SlipstreamScheduling(Scheduler):
     def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         new_token_ids, stopped = super()._update_request_with_output(request, *args, **kwargs)
         self.num_generation_tokens += len(new_token_ids)
+        self._origin_notes.given(request, len(new_token_ids))
         return new_token_ids, stopped
 
 

@@ -14,7 +14,7 @@ import pytest_asyncio
 from rollout_server.engine import weight_loading
 from rollout_server.engine.actor import EngineActor
 from shared.errors import WeightVerificationError
-from shared.types import PauseMode, SpeculationReason
+from shared.types import PauseMode, SpeculationReason, TokenOrigin
 from shared.weights import build_manifest
 from tests.support.engine import generate, greedy, probe, push, running_engine, speculate
 from tests.support.models import greedy_reference, make_model, random_prompts
@@ -63,6 +63,13 @@ async def test_output_after_a_push_is_the_new_model_and_the_drafter_is_new_too(
     accepted = after.num_accepted_tokens - before.num_accepted_tokens
     drafted = after.num_draft_tokens - before.num_draft_tokens
     assert accepted / drafted > 0.5, "a drafter of the old weights would be rejected nearly always"
+    for (sample,) in new:
+        origins = sample.token_origins
+        assert len(origins) == len(sample.token_ids)
+        assert origins.count(TokenOrigin.ACCEPTED) == sample.num_accepted_tokens
+        assert origins[0] == TokenOrigin.PLAIN, "the first comes of the prompt"
+        assert TokenOrigin.UNKNOWN not in origins
+    assert any(TokenOrigin.RECOVERED in sample.token_origins for (sample,) in new)
 
 
 async def test_running_sequences_carry_on_and_say_which_tokens_are_whose(
