@@ -100,6 +100,21 @@ class SpeculationReason(StrEnum):
     """A draft length not tried lately is tried for a few steps."""
 
 
+class TokenOrigin(StrEnum):
+    """How a token of a sample came about. One letter each."""
+
+    PLAIN = "p"
+    """Sampled by the policy in a step without drafts."""
+    ACCEPTED = "a"
+    """Drafted, and accepted by the policy."""
+    RECOVERED = "r"
+    """Sampled by the policy in the place of a draft that it rejected."""
+    BONUS = "b"
+    """Sampled by the policy behind drafts that it had all accepted."""
+    UNKNOWN = "?"
+    """Sampled by an engine that died since."""
+
+
 class DeadEnginePolicy(StrEnum):
     """What becomes of unfinished samples when their engine dies."""
 
@@ -119,6 +134,16 @@ class PauseMode(StrEnum):
     """Let them finish first."""
     ABORT = "abort"
     """End them; partial output is returned with ``finish_reason: abort``."""
+
+
+class DrafterRebuild(StrEnum):
+    """When the drafter is made anew after a push."""
+
+    BETWEEN_STEPS = "between_steps"
+    """After generation has resumed, some layers between every two steps. Nothing is drafted until
+    it is done."""
+    IN_PAUSE = "in_pause"
+    """Before generation resumes."""
 
 
 class DrafterScheme(StrEnum):

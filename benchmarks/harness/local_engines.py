@@ -31,7 +31,9 @@ class LocalHandle:
         self.committed_version = version
 
     async def resume(self) -> EngineCommitTimings:
-        return await self._actor.resume()
+        timings = await self._actor.resume()
+        requantize_s = await self._actor.rebuild_drafter()
+        return timings.model_copy(update={"requantize_s": requantize_s})
 
     async def discard(self, version: int) -> None:
         await self._actor.discard(version)

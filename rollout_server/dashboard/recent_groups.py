@@ -159,6 +159,7 @@ def _cut(group: RolloutGroup) -> RolloutGroup:
             update={
                 "token_ids": sample.token_ids[:MAX_TOKENS_PER_SAMPLE],
                 "logprobs": sample.logprobs[:MAX_TOKENS_PER_SAMPLE],
+                "token_origins": sample.token_origins[:MAX_TOKENS_PER_SAMPLE],
                 "text": "",
                 "reward_detail": {},
             }
@@ -202,6 +203,7 @@ def _tokens(
         sample_index=sample.sample_index,
         texts=token_texts(sample.token_ids, decode),
         logprobs=[round(logprob, 5) for logprob in sample.logprobs],
+        token_origins=sample.token_origins,
         num_tokens=head.num_tokens,
         weight_versions=sample.weight_versions,
         num_draft_tokens=sample.num_draft_tokens,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch.nn import Module
@@ -12,6 +13,9 @@ from rollout_server.drafter.shards import checkpoint_names, shard_names
 from rollout_server.drafter.sharing import draft_linear_methods, token_embedding
 
 LM_HEAD_WEIGHT = "lm_head.weight"
+NUMBERED = re.compile(r".*?\.\d+(?=\.)")
+ReadTensors = Callable[[Collection[str]], Mapping[str, torch.Tensor]]
+"""Checkpoint tensors of these names, as far as there are any."""
 
 
 def requantize(drafter: Module, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
@@ -31,6 +35,52 @@ def requantize(drafter: Module, weights: Iterable[tuple[str, torch.Tensor]]) -> 
     methods = draft_linear_methods(drafter)
     if not methods:
         return 0
+    _load_whole(drafter, weights, methods)
+    return len(methods)
+
+
+def requantize_by_block(
+    drafter: Module, read: ReadTensors, changed: Collection[str] | None
+) -> Iterator[None]:
+    """``requantize``, or ``requantize_changed``, in steps of one decoder block.
+
+    Between two steps the drafter is a mixture of two versions. It may draft all the same, only
+    worse.
+
+    Args:
+        changed: names of the checkpoint tensors to feed; None for all, of every layer.
+
+    Raises:
+        as those two, at any step. The drafter then stays a mixture.
+    """
+    methods = draft_linear_methods(drafter)
+    packed_modules = getattr(drafter, "packed_modules_mapping", {})
+    for block in _blocks(methods):
+        wanted = checkpoint_names(block, packed_modules)
+        if "lm_head" in block and block["lm_head"].is_tied:
+            wanted |= {_embedding_weight(drafter)}
+        if changed is None:
+            _load_whole(drafter, read(wanted).items(), block)
+            yield
+        elif names := wanted.intersection(changed):
+            requantize_changed(drafter, read(names))
+            yield
+
+
+def _blocks(methods: Mapping[str, DraftLinearMethod]) -> list[dict[str, DraftLinearMethod]]:
+    """Layers by what their names have up to a number: ``model.layers.7``; others on their own."""
+    blocks: dict[str, dict[str, DraftLinearMethod]] = {}
+    for name, method in methods.items():
+        numbered = NUMBERED.match(name)
+        blocks.setdefault(name if numbered is None else numbered[0], {})[name] = method
+    return list(blocks.values())
+
+
+def _load_whole(
+    drafter: Module,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    methods: Mapping[str, DraftLinearMethod],
+) -> None:
     packed_before = {name: method.num_packed for name, method in methods.items()}
     _load(drafter, weights, methods)
     stale = sorted(
@@ -42,7 +92,6 @@ def requantize(drafter: Module, weights: Iterable[tuple[str, torch.Tensor]]) -> 
         raise RuntimeError(
             f"{len(stale)} drafter layers did not get their whole weight, first {stale[0]!r}"
         )
-    return len(methods)
 
 
 def requantize_changed(drafter: Module, weights: Mapping[str, torch.Tensor]) -> int:

@@ -242,7 +242,7 @@ class EngineActor:
     async def load_weights(
         self, version: int, pause_mode: PauseMode, recompute_kv: bool = False
     ) -> None:
-        """Pause, load the target, requantize the drafter, set both versions; stay paused."""
+        """Pause, load the target, set the version; stay paused."""
         await self._weights.load(self._running(), version, pause_mode, recompute_kv)
 
     async def resume(self, stay_paused: bool = False) -> EngineCommitTimings:
@@ -252,6 +252,10 @@ class EngineActor:
             stay_paused: an operator paused generation before the push.
         """
         return await self._weights.resume(self._running(), stay_paused=stay_paused)
+
+    async def rebuild_drafter(self) -> float:
+        """After ``resume``: end the rebuild of the drafter between steps. Its seconds."""
+        return await self._weights.rebuild_drafter(self._running())
 
     async def pause_generation(self, mode: PauseMode) -> None:
         """An operator's pause, between two steps (vLLM 0.32.0: ``pause_scheduler_async``)."""
@@ -269,9 +273,10 @@ class EngineActor:
     async def commit(
         self, version: int, pause_mode: PauseMode, recompute_kv: bool = False
     ) -> EngineCommitTimings:
-        """``load_weights`` and ``resume``, for callers with a single engine."""
+        """``load_weights``, ``resume`` and ``rebuild_drafter``, for a single engine."""
         await self.load_weights(version, pause_mode, recompute_kv)
-        return await self.resume()
+        timings = await self.resume()
+        return timings.model_copy(update={"requantize_s": await self.rebuild_drafter()})
 
     async def shutdown(self) -> None:
         """Stop vLLM's processes."""

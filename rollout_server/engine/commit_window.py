@@ -18,7 +18,6 @@ class CommitWindow:
         """When the pause was asked for; None while the engine runs."""
         self._pause_s = 0.0
         self._load_s = 0.0
-        self._requantize_s = 0.0
 
     async def pause(self, core: Any, mode: PauseMode, recompute_kv: bool) -> None:
         """Stop generating between two steps; does nothing inside a window.
@@ -30,14 +29,13 @@ class CommitWindow:
         if self._asked_s is not None:
             return
         self._asked_s = time.perf_counter()
-        self._load_s = self._requantize_s = 0.0
+        self._load_s = 0.0
         await core.pause_scheduler_async(mode=mode.value, clear_cache=recompute_kv)
         self._pause_s = time.perf_counter() - self._asked_s
 
-    def add_load(self, ranks: Sequence[dict[str, float]]) -> None:
+    def add_load(self, rank_seconds: Sequence[float]) -> None:
         """Count what a load took in each rank."""
-        self._load_s += max(rank["load_s"] for rank in ranks)
-        self._requantize_s += max(rank["requantize_s"] for rank in ranks)
+        self._load_s += max(rank_seconds)
 
     async def resume(self, core: Any, engine_id: str, *, stay_paused: bool) -> EngineCommitTimings:
         """End the window.
@@ -56,7 +54,7 @@ class CommitWindow:
             stage_s=0.0,
             pause_s=self._pause_s,
             load_s=self._load_s,
-            requantize_s=self._requantize_s,
+            requantize_s=0.0,
             resume_s=finished_s - started_s,
             paused_s=finished_s - asked_s,
         )

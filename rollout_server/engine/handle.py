@@ -231,8 +231,14 @@ class RayEngineHandle:
         )
         if self.state is EngineState.SYNCING:
             self._lifecycle.move(self._state_before_sync)
+        # It generates again, without drafts until this is done.
+        requantize_s: float = await self._or_die(
+            self._actor.rebuild_drafter.remote(),
+            "to rebuild its drafter (weights.commit_timeout_s)",
+            self._weights.commit_timeout_s,
+        )
         stage_s = self._stage_s.pop(self._committed_version, 0.0)
-        return timings.model_copy(update={"stage_s": stage_s})
+        return timings.model_copy(update={"stage_s": stage_s, "requantize_s": requantize_s})
 
     async def pause_generation(self, mode: PauseMode) -> None:
         await self._pause.change(EngineState.PAUSED)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rollout_server.engine.protocol import GeneratedSample, GenerateTimings
+from rollout_server.speculation.token_origins import token_origins
 from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
-from shared.types import FinishReason
+from shared.types import FinishReason, TokenOrigin
 
 
 def sampling_arguments(sampling: SamplingOptions, n: int) -> dict[str, Any]:
@@ -61,8 +62,10 @@ def to_generated_sample(completion: Any, current_version: int) -> GeneratedSampl
     token_ids = list(completion.token_ids)
     metrics = completion.spec_decode_metrics
     accepted = 0
+    origins = TokenOrigin.PLAIN * len(token_ids)
     if metrics is not None:
         accepted = sum(length * count for length, count in enumerate(metrics.histogram))
+        origins = token_origins(metrics.per_step_drafted, metrics.per_step_accepted, len(token_ids))
     return GeneratedSample(
         sample_index=completion.index,
         token_ids=token_ids,
@@ -72,6 +75,7 @@ def to_generated_sample(completion: Any, current_version: int) -> GeneratedSampl
         weight_versions=version_spans(completion, current_version),
         num_draft_tokens=0 if metrics is None else metrics.num_draft_tokens,
         num_accepted_tokens=accepted,
+        token_origins=origins,
     )
 
 

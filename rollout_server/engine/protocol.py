@@ -42,6 +42,8 @@ class GeneratedSample:
     weight_versions: list[WeightVersionSpan]
     num_draft_tokens: int
     num_accepted_tokens: int
+    token_origins: str = ""  # [num_completion_tokens]
+    """A letter each (``TokenOrigin``); none where nobody knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

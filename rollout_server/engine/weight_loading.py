@@ -1,4 +1,4 @@
-"""An engine's side of a push: stage, then inside one pause load and requantize, then resume.
+"""An engine's side of a push: stage, then inside one pause load, then resume and requantize.
 
 Knows the versions of target and drafter. Calls reach vLLM's ranks through ``collective_rpc`` and
 the scheduler through the plugin's core methods; both run between two engine steps.
@@ -20,8 +20,10 @@ from rollout_server.weights.expectation import (
 )
 from shared.errors import EngineError, WeightCommitError
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
-from shared.types import PauseMode
+from shared.types import DrafterRebuild, PauseMode
 
+REBUILD_SLICE_S = 0.03
+"""Generation waits for so long between two steps while the drafter is rebuilt beside it."""
 AUDIT_MODULES_PER_CALL = 2
 """Generation stands still for so many at a time."""
 
@@ -39,6 +41,9 @@ class WeightLoading:
         self._manifest: WeightManifest | None = None
         """Of what the target holds; None while that is the model directory."""
         self._drafter_manifest: WeightManifest | None = None
+        self._is_rebuild_begun = False
+        self._requantize_s = 0.0
+        """Of the last rebuild."""
 
     async def stage(self, llm: Any, version: int, path: str, manifest: WeightManifest) -> float:
         """Check a verified file against the model and map it in every rank. Seconds.
@@ -71,7 +76,8 @@ class WeightLoading:
         await llm.collective_rpc("slipstream_discard", args=(version,))
 
     async def load(self, llm: Any, version: int, pause_mode: PauseMode, recompute_kv: bool) -> None:
-        """Pause, load the target, requantize the drafter, set both versions; stay paused.
+        """Pause, load the target, set the version; stay paused. The drafter is requantized here or
+        by ``rebuild_drafter`` (``drafter.rebuild``); until that is done, nothing is drafted.
 
         Args:
             recompute_kv: preempt what runs, so that its KV is computed again under these weights.
@@ -87,29 +93,63 @@ class WeightLoading:
                 version, self.drafter_version, self._spec.drafter.requantize_every
             )
             manifest = self._staged.pop(version, None)
+            changed_for_drafter = changed_tensors(self._drafter_manifest, manifest)
+            if self._is_rebuild_begun:  # and nobody knows how far it got
+                rebuild, changed_for_drafter = True, None
             ranks = await llm.collective_rpc(
-                "slipstream_load",
-                args=(
-                    version,
-                    rebuild,
-                    changed_tensors(self._manifest, manifest),
-                    changed_tensors(self._drafter_manifest, manifest),
-                ),
+                "slipstream_load", args=(version, changed_tensors(self._manifest, manifest))
             )
-            drafter_version = version if rebuild else self.drafter_version
-            await core.call_utility_async(
-                "slipstream_set_weight_versions", version, drafter_version
-            )
-            self.version, self.drafter_version = version, drafter_version
-            self._manifest = manifest
-            if rebuild:
-                self._drafter_manifest = manifest
+            self.version, self._manifest = version, manifest
             self._window.add_load(ranks)
+            self._is_rebuild_begun, self._requantize_s = rebuild, 0.0
+            if rebuild:
+                await llm.collective_rpc("slipstream_begin_rebuild", args=(changed_for_drafter,))
+            if rebuild and self._spec.drafter.rebuild is DrafterRebuild.IN_PAUSE:
+                await self._rebuild(llm)
+            else:
+                await self._set_versions(llm)
         except Exception as exc:
             # Anything in here may leave half-loaded weights behind: never resume, never reuse.
             raise WeightCommitError(
                 f"engine {self._spec.engine_id} failed to load version {version}: {exc}"
             ) from exc
+
+    async def rebuild_drafter(self, llm: Any) -> float:
+        """End the rebuild of the drafter, if one has begun, between the steps of what runs.
+
+        Returns:
+            Seconds of the rebuild that belongs to the last load, wherever they were spent.
+
+        Raises:
+            WeightCommitError: the drafter is a mixture; the engine must not be used again.
+        """
+        try:
+            if self._is_rebuild_begun:
+                await self._rebuild(llm)
+        except Exception as exc:
+            # Boundary to vLLM: its calls raise anything.
+            raise WeightCommitError(
+                f"engine {self._spec.engine_id} failed to rebuild its drafter for version "
+                f"{self.version}: {exc}"
+            ) from exc
+        return self._requantize_s
+
+    async def _rebuild(self, llm: Any) -> None:
+        started_s = time.perf_counter()
+        while not all(await llm.collective_rpc("slipstream_rebuild", args=(REBUILD_SLICE_S,))):
+            pass  # steps are run before the next call is
+        self._requantize_s = time.perf_counter() - started_s
+        self.drafter_version, self._drafter_manifest = self.version, self._manifest
+        self._is_rebuild_begun = False
+        await self._set_versions(llm)
+
+    async def _set_versions(self, llm: Any) -> None:
+        await llm.engine_core.call_utility_async(
+            "slipstream_set_weight_versions",
+            self.version,
+            self.drafter_version,
+            self._is_rebuild_begun,
+        )
 
     async def audit(self, llm: Any, path: str) -> EngineAudit:
         """Compare what every rank computes with, and its drafter, with a file of this version.
@@ -121,7 +161,7 @@ class WeightLoading:
         """
         started = time.perf_counter()
         (modules, *_) = await llm.collective_rpc("slipstream_audit_modules")
-        with_drafter = self.drafter_version == self.version
+        with_drafter = self.drafter_version == self.version and not self._is_rebuild_begun
         counts: Counter[str] = Counter()
         different: list[str] = []
         for first in range(0, len(modules), AUDIT_MODULES_PER_CALL):

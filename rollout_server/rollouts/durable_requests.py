@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -15,10 +16,22 @@ from rollout_server.rollouts.prompts import PreparedPrompt, prepare_prompts
 from shared.errors import SlipstreamError, error_of_code
 from shared.schemas.rollouts import RolloutRequest
 
+GENERATED_ID_PREFIX = "rollout-"
+
 
 def body_of(request: RolloutRequest) -> bytes:
     """JSON of what is asked for. How the answer is delivered (``stream``) is no part of it."""
     return request.model_dump_json(exclude={"stream", "request_id"}).encode()
+
+
+def body_to_record(body: bytes, request_id: str | None) -> bytes:
+    """A body with the name its caller gave the request: without one nobody can ask for it again."""
+    return body if request_id is None else b'{"request_id":"%b",' % request_id.encode() + body[1:]
+
+
+def generated_request_id() -> str:
+    """Of a request without a name."""
+    return f"{GENERATED_ID_PREFIX}{uuid.uuid4().hex}"
 
 
 def digest_of(body: bytes) -> bytes:
@@ -38,6 +51,13 @@ class RestoredRequest:
     """Of the groups that are missing; none for one that has ended."""
     error: SlipstreamError | None
     """How it ended, or why it cannot go on."""
+
+    @property
+    def is_for_nobody(self) -> bool:
+        """It went with the connection it came by: its caller had given it no name."""
+        is_unnamed = self.request.request_id is None
+        # A name of a caller's own is in the body since ledgers have it there.
+        return is_unnamed and self.kept.request_id.startswith(GENERATED_ID_PREFIX)
 
 
 def restored(

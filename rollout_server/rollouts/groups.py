@@ -73,6 +73,7 @@ def build_group(
                 engine_id=routed.result.engine_id,
                 num_draft_tokens=sample.num_draft_tokens,
                 num_accepted_tokens=sample.num_accepted_tokens,
+                token_origins=sample.token_origins,
                 timings=SampleTimings(
                     queue_s=routed.queue_s,
                     generate_s=routed.result.generate_s,

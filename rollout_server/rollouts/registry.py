@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -18,7 +17,13 @@ from time import monotonic
 from rollout_server.collaborators import Tokenizer
 from rollout_server.engine.protocol import ModelInfo
 from rollout_server.rollouts.deadline import ABORT_REPEAT_S
-from rollout_server.rollouts.durable_requests import body_of, digest_of, missing
+from rollout_server.rollouts.durable_requests import (
+    body_of,
+    body_to_record,
+    digest_of,
+    generated_request_id,
+    missing,
+)
 from rollout_server.rollouts.execution import RolloutExecution
 from rollout_server.rollouts.group_run import ExecutionParts
 from rollout_server.rollouts.kept_groups import KeptGroups
@@ -66,7 +71,7 @@ class RolloutRegistry:
             OverloadedError: too many pending samples.
             UnavailableError: the server is shutting down, or the ledger cannot be written.
         """
-        request_id = request.request_id or f"rollout-{uuid.uuid4().hex}"
+        request_id = request.request_id or generated_request_id()
         body = body_of(request)
         digest = digest_of(body)
         existing = self._reusable(request_id, digest)
@@ -108,7 +113,7 @@ class RolloutRegistry:
         change = Accepted(
             request_id=request_id,
             digest=digest,
-            body=body,
+            body=body_to_record(body, request.request_id),
             num_groups=len(prompts),
             num_samples=num_samples,
             at_s=time.time(),

@@ -13,6 +13,7 @@ from rollout_server.rollouts.execution import RolloutExecution
 from rollout_server.rollouts.group_run import ExecutionParts, ended_before_it_began
 from rollout_server.rollouts.ledger_records import (
     UNFINISHED,
+    AbortAsked,
     Ended,
     Forgotten,
     KeptRequest,
@@ -64,6 +65,10 @@ async def restore_requests(
 
 def _take_up(found: RestoredRequest, registry: RolloutRegistry, parts: ExecutionParts) -> None:
     kept = found.kept
+    is_aborting = kept.state is LedgerState.ABORTING
+    if kept.state is LedgerState.ACCEPTED and found.is_for_nobody:
+        parts.ledger.write(AbortAsked(request_id=kept.request_id))
+        is_aborting = True
     execution = RolloutExecution(
         request_id=kept.request_id,
         digest=found.digest,
@@ -71,7 +76,7 @@ def _take_up(found: RestoredRequest, registry: RolloutRegistry, parts: Execution
         prompts=found.prompts,
         groups=found.groups,
         parts=parts,
-        generate=ended_before_it_began if kept.state is LedgerState.ABORTING else None,
+        generate=ended_before_it_began if is_aborting else None,
     )
     if kept.state in UNFINISHED and found.error is None:
         registry.resume(execution)

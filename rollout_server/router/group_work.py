@@ -27,7 +27,7 @@ from rollout_server.engine.protocol import (
     SampleProgress,
 )
 from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
-from shared.types import FinishReason
+from shared.types import FinishReason, TokenOrigin
 
 CompletionText = Callable[[list[int], list[int]], str]
 """Text of completion tokens after these prompt tokens."""
@@ -233,6 +233,8 @@ class GroupWork:
             # Of the engine that finished it; those of dead ones went with them.
             num_draft_tokens=sample.num_draft_tokens,
             num_accepted_tokens=sample.num_accepted_tokens,
+            token_origins=sample.token_origins
+            and TokenOrigin.UNKNOWN * len(given.token_ids) + sample.token_origins,
         )
 
     def _text(self, token_ids: list[int]) -> str:

@@ -16,7 +16,8 @@ Leans on (vLLM 0.32.0): ``Scheduler`` (CPU, where vLLM schedules synchronously) 
 ``KVCacheManager.block_pool``; ``Scheduler._free_request``;
 ``Scheduler.make_spec_decoding_stats``; ``Scheduler.update_from_output`` and
 ``update_draft_token_ids``, called after it; ``Request.cache_salt``, ``block_hashes`` and
-``update_block_hashes``; ``Scheduler._preempt_request``.
+``update_block_hashes``; ``Scheduler._preempt_request``; ``Request.spec_decode_metrics``;
+``Scheduler._update_request_with_output``, called right after ``make_spec_decoding_stats``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
-from rollout_server.drafter.lag import is_rebuild_due
+from rollout_server.drafter.lag import WeightVersions
 from rollout_server.engine.vllm_plugin.drafts import DRAFTS_ATTRIBUTE
 from rollout_server.engine.vllm_plugin.settings import plugin_settings
 from rollout_server.speculation.cost_model import CostModel
@@ -37,11 +38,8 @@ from rollout_server.speculation.driver import SpeculationDriver
 from rollout_server.speculation.request_drafts import RequestDrafts
 from rollout_server.speculation.room import draft_room, useful_draft_length
 from rollout_server.speculation.step_clock import StepClock
-from rollout_server.speculation.steps import (
-    EngineLoadSample,
-    SpeculationDecision,
-    StepShape,
-)
+from rollout_server.speculation.steps import EngineLoadSample, SpeculationDecision, StepShape
+from rollout_server.speculation.token_origins import OriginNotes
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.types import SpeculationMode
 
@@ -65,8 +63,8 @@ class _SlipstreamScheduling(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = plugin_settings(self.vllm_config)
-        self.target_version = settings.initial_weight_version
-        self.drafter_version = settings.initial_weight_version
+        version = settings.initial_weight_version
+        self.versions = WeightVersions(target=version, drafter=version)
         self._requantize_every = settings.drafter.requantize_every
         self.num_generation_tokens = 0
         self.num_prompt_tokens = 0
@@ -80,6 +78,7 @@ class _SlipstreamScheduling(Scheduler):
         self._step_clock = StepClock()
         self._decided: tuple[EngineLoadSample, SpeculationDecision] | None = None
         self._request_drafts = RequestDrafts()
+        self._origin_notes = OriginNotes()
         if self.num_spec_tokens > 0:
             self.dynamic_sd_lookup = _DraftLengthLookup(self)
 
@@ -111,9 +110,7 @@ class _SlipstreamScheduling(Scheduler):
             kv_cache_usage=self.kv_cache_manager.usage,
             num_running_reqs=num_reqs,
             num_waiting_reqs=len(self.waiting),
-            drafter_is_current=not is_rebuild_due(
-                self.target_version, self.drafter_version, self._requantize_every
-            ),
+            drafter_is_current=self.versions.may_draft(self._requantize_every),
             # Those still prefilling decode within a step or two, before drafts are verified.
             num_decode_reqs=num_reqs,
             num_kv_tokens=sum([request.num_computed_tokens for request in self.running]),
@@ -215,12 +212,17 @@ class _SlipstreamScheduling(Scheduler):
     def report_speculation(self, since_step: int) -> EngineSpeculation:
         return self.speculation.report(since_step, self.kv_cache_manager.usage)
 
-    def set_weight_versions(self, target_version: int, drafter_version: int) -> None:
-        """Called inside the pause of a commit, after target and drafter were replaced."""
-        if (target_version, drafter_version) != (self.target_version, self.drafter_version):
+    def set_weight_versions(self, versions: WeightVersions) -> None:
+        """Called inside the pause of a commit, after the target was replaced, and once the drafter
+        was, inside that pause or later."""
+        is_change = (versions.target, versions.drafter) != (
+            self.versions.target,
+            self.versions.drafter,
+        )
+        # What drafts are worth changes with the first that are made of the new pair.
+        if is_change and not versions.is_rebuilding:
             self.speculation.weights_changed()
-        self.target_version = target_version
-        self.drafter_version = drafter_version
+        self.versions = versions
         # Waiting requests will compute (all of) their KV under the new weights; running ones keep
         # the key their KV was computed under.
         for request in self.waiting:
@@ -244,7 +246,7 @@ class _SlipstreamScheduling(Scheduler):
         """
         salt, separator, _ = (request.cache_salt or "").rpartition("@v")
         request.cache_salt = (
-            f"{salt if separator else request.cache_salt or ''}@v{self.target_version}"
+            f"{salt if separator else request.cache_salt or ''}@v{self.versions.target}"
         )
         request.block_hashes.clear()
         request.update_block_hashes()
@@ -259,6 +261,7 @@ class _SlipstreamScheduling(Scheduler):
     ) -> Any:
         if num_draft_tokens:
             self.speculation.count_draft(num_draft_tokens, num_accepted_tokens)
+            self._origin_notes.verified(request_id, num_draft_tokens, num_accepted_tokens)
             if self.speculation.controller.policy.per_request:
                 self._request_drafts.count(request_id, num_draft_tokens, num_accepted_tokens)
         return super().make_spec_decoding_stats(
@@ -276,6 +279,7 @@ class _SlipstreamScheduling(Scheduler):
     def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         new_token_ids, stopped = super()._update_request_with_output(request, *args, **kwargs)
         self.num_generation_tokens += len(new_token_ids)
+        self._origin_notes.given(request, len(new_token_ids))
         return new_token_ids, stopped
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, JsonValue, model_validator
 from shared.config.autoscaling import AutoscalingConfig
 from shared.config.base import SettingsModel
 from shared.config.pools import DEFAULT_POOL, OVERRIDES, PlacementConfig, PoolConfig
-from shared.types import DrafterScheme
+from shared.types import DrafterRebuild, DrafterScheme
 
 
 class ModelConfig(SettingsModel):
@@ -240,6 +240,9 @@ class DrafterConfig(SettingsModel):
     requantize_every: int = Field(default=1, ge=1, le=1000)
     """Rebuild the drafter when it would be this many versions behind. 1: at every push. With more,
     commits are shorter and samples keep their distribution; drafts may be accepted less often."""
+    rebuild: DrafterRebuild = DrafterRebuild.BETWEEN_STEPS
+    """When the drafter is made anew after a push: ``between_steps`` lets generation go on, without
+    drafts until it is done; ``in_pause`` makes the pause of a push longer."""
     quantize_lm_head: bool = True
     """Quantize the LM head too; False shares the target's."""
     exclude: list[str] = Field(default_factory=list)

@@ -148,11 +148,13 @@ class FeedEvent(WireModel):
 
 
 class SampleTokens(WireModel):
-    """One sample, token by token. Which token was drafted is not recorded, only how many."""
+    """One sample, token by token."""
 
     sample_index: int
     texts: Annotated[list[str], Field(description="Of each token, at most the first ones.")]
     logprobs: list[float]
+    token_origins: str
+    """A letter each, as in ``RolloutSample``; empty where nobody knows."""
     num_tokens: int
     """Of the whole sample."""
     weight_versions: list[WeightVersionSpan]

@@ -148,6 +148,11 @@ class RolloutSample(WireModel):
     engine_id: str
     num_draft_tokens: int
     num_accepted_tokens: int
+    token_origins: str = ""  # [num_completion_tokens]
+    """How each token came about, a letter each: ``p`` plain (sampled without drafts), ``a``
+    accepted draft, ``r`` recovered (sampled where a draft was rejected), ``b`` bonus (sampled
+    behind drafts that were all accepted), ``?`` sampled by an engine that died since. Empty where
+    nobody knows."""
     timings: SampleTimings
 
 

@@ -173,9 +173,8 @@ class EngineKillRun:
         if victim == "engine":
             return name, actor
         children = psutil.Process(actor).children(recursive=True)
-        cores = [child.pid for child in children if "EngineCore" in child.name()] or [
-            child.pid for child in children
-        ]
+        cores = [child.pid for child in children if "EngineCore" in child.name()]
+        assert cores, f"{name} has no engine core, only {[child.name() for child in children]}"
         return name, self._random.choice(cores)
 
     def _client(self, number: int) -> None:

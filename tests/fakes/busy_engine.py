@@ -112,4 +112,5 @@ class BusyEngine(FakeEngine):
             weight_versions=spans,
             num_draft_tokens=48,
             num_accepted_tokens=39 - index,
+            token_origins=("aaabpaar" * len(token_ids))[: len(token_ids)],
         )

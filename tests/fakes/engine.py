@@ -278,4 +278,5 @@ class FakeEngine:
             ],
             num_draft_tokens=4,
             num_accepted_tokens=3,
+            token_origins="aaarpppppppp"[: len(token_ids)].ljust(len(token_ids), "p"),
         )

@@ -127,6 +127,21 @@ async def test_an_accepted_request_is_run_though_nobody_asks_again(
         assert (await client.get("/v1/rollouts/r")).json()["num_finished_groups"] == 3
 
 
+async def test_a_request_without_a_name_is_not_run_on_for_nobody(path: Path, killed: Path) -> None:
+    slow, fast = slow_and_fast()
+    async with life(path, slow, fast) as (client, first_service):
+        leaving = asyncio.create_task(post(client, body()))
+        await until(lambda: first_service.router.accounts.num_delivered == 2, "a group")
+        left = as_after_a_kill(path, killed)
+        leaving.cancel()
+    engine = FakeEngine("e", committed_version=2)
+    async with life(left, engine) as (_, service):
+        await until(lambda: books(service) == (4, 2, 0, 2, 0), "the request to end")
+    async with life(left, engine) as (_, service):
+        assert books(service) == (4, 2, 0, 2, 0), "ended once"
+    assert engine.requests == []
+
+
 async def test_a_restart_after_the_last_group_and_before_the_end_generates_nothing(
     path: Path, killed: Path
 ) -> None:

@@ -122,6 +122,23 @@ async def test_changed_shards_give_what_a_whole_push_of_the_same_weights_gives(
     assert {name for name in after if after[name] != before[name]} == TOUCHED
 
 
+async def test_block_by_block_gives_what_a_whole_push_and_a_partial_one_give(
+    served: Served, tmp_path: Path
+) -> None:
+    new = await probe(served.engine, "probe_requantize", str(served.new))
+    await probe(served.engine, "probe_requantize", str(served.old))
+    # Two decoder blocks and the LM head.
+    assert await probe(served.engine, "probe_requantize_by_block", str(served.new), None) == 3
+    assert await probe(served.engine, "probe_digests") == new
+
+    mixed = served.mixed(tmp_path / "mixed.safetensors", served.changed)
+    expected = await probe(served.engine, "probe_requantize", str(mixed))
+    await probe(served.engine, "probe_requantize", str(served.old))
+    await probe(served.engine, "probe_requantize_by_block", str(served.new), served.changed)
+    assert await probe(served.engine, "probe_digests") == expected
+    await probe(served.engine, "probe_requantize", str(served.old))
+
+
 async def test_only_what_changed_is_written(served: Served) -> None:
     # By digests alone a layer that is packed again from the same weights looks untouched.
     await probe(served.engine, "probe_scribble")

@@ -11,9 +11,10 @@ from typing import Literal
 import pytest
 import pytest_asyncio
 
+from rollout_server.engine import weight_loading
 from rollout_server.engine.actor import EngineActor
 from shared.errors import WeightVerificationError
-from shared.types import PauseMode
+from shared.types import PauseMode, SpeculationReason, TokenOrigin
 from shared.weights import build_manifest
 from tests.support.engine import generate, greedy, probe, push, running_engine, speculate
 from tests.support.models import greedy_reference, make_model, random_prompts
@@ -62,6 +63,13 @@ async def test_output_after_a_push_is_the_new_model_and_the_drafter_is_new_too(
     accepted = after.num_accepted_tokens - before.num_accepted_tokens
     drafted = after.num_draft_tokens - before.num_draft_tokens
     assert accepted / drafted > 0.5, "a drafter of the old weights would be rejected nearly always"
+    for (sample,) in new:
+        origins = sample.token_origins
+        assert len(origins) == len(sample.token_ids)
+        assert origins.count(TokenOrigin.ACCEPTED) == sample.num_accepted_tokens
+        assert origins[0] == TokenOrigin.PLAIN, "the first comes of the prompt"
+        assert TokenOrigin.UNKNOWN not in origins
+    assert any(TokenOrigin.RECOVERED in sample.token_origins for (sample,) in new)
 
 
 async def test_running_sequences_carry_on_and_say_which_tokens_are_whose(
@@ -114,6 +122,33 @@ async def test_kept_sequences_can_go_on_as_if_the_new_model_had_read_them(
         assert sample.token_ids[new.start :] == expected
 
 
+async def test_the_drafter_is_rebuilt_beside_what_runs_and_drafts_nothing_until_it_is_done(
+    pushable: tuple[EngineActor, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, model = pushable
+    monkeypatch.setattr(weight_loading, "REBUILD_SLICE_S", 0.0)  # one block at a time
+    version = (await engine.load())["target_version"] + 1
+    await stage_new_weights(engine, model, version, tmp_path)
+    await speculate(engine, 3)
+    running = asyncio.create_task(
+        generate(engine, random_prompts(2, seed=18), greedy(400), name="beside")
+    )
+    await asyncio.sleep(0.3)
+    await engine.load_weights(version, PauseMode.KEEP)
+    loaded = await engine.speculation(0)
+    await engine.resume()
+    assert (await engine.load())["drafter_version"] < version
+    await engine.rebuild_drafter()
+    rebuilt = await engine.speculation(0)
+    stale = rebuilt.num_steps_per_reason.get(SpeculationReason.STALE_DRAFTER, 0)
+    assert stale >= 2, "steps ran between the blocks"
+    assert rebuilt.num_draft_tokens == loaded.num_draft_tokens
+    assert (await engine.load())["drafter_version"] == version
+    await running
+    assert (await engine.speculation(0)).num_draft_tokens > rebuilt.num_draft_tokens
+    assert (await engine.audit(str(tmp_path / "new"))).different == []
+
+
 async def test_an_engine_goes_back_to_the_model_it_started_from(
     pushable: tuple[EngineActor, Path], tmp_path: Path
 ) -> None:
@@ -125,6 +160,7 @@ async def test_an_engine_goes_back_to_the_model_it_started_from(
     await engine.load_weights(0, PauseMode.KEEP)
     timings = await engine.resume()
     assert timings.load_s > 0
+    assert await engine.rebuild_drafter() > 0
     await speculate(engine, 3)
     before = await engine.speculation(0)
     samples = await generate(engine, prompts, greedy(24), name="back")

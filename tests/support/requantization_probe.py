@@ -16,12 +16,14 @@ import xxhash
 from safetensors import safe_open
 
 from rollout_server.drafter.proposer import SelfDraftProposer
-from rollout_server.drafter.requantization import requantize, requantize_changed
-from rollout_server.drafter.sharing import draft_linear_methods
-from rollout_server.engine.vllm_plugin.worker_extension import (
-    SlipstreamWorkerExtension,
-    iterate_safetensors,
+from rollout_server.drafter.requantization import (
+    requantize,
+    requantize_by_block,
+    requantize_changed,
 )
+from rollout_server.drafter.sharing import draft_linear_methods
+from rollout_server.engine.vllm_plugin.checkpoint import OpenCheckpoint, iterate_safetensors
+from rollout_server.engine.vllm_plugin.worker_extension import SlipstreamWorkerExtension
 
 SCRIBBLE = 0x5A
 """In every byte of a buffer that nothing has written since."""
@@ -47,6 +49,11 @@ class RequantizationProbe(SlipstreamWorkerExtension):
         """Digests after a whole push."""
         requantize(drafter(), iterate_safetensors(path))
         return self.probe_digests()
+
+    def probe_requantize_by_block(self, path: str, names: list[str] | None) -> int:
+        """How many steps it took."""
+        with OpenCheckpoint(path) as checkpoint:
+            return sum(1 for _ in requantize_by_block(drafter(), checkpoint.read, names))
 
     def probe_requantize_changed(self, path: str, names: list[str]) -> tuple[int, str]:
         """Feed only these tensors: number of layers repacked, and the error if it was refused."""

@@ -90,6 +90,14 @@ async def test_the_page_shows_a_training_run_and_keeps_up_with_it(
         await wait_for_text(page, "#token-facts", r'Token 0: " ", logprob')
         shades = page.locator(".token-5")
         assert await shades.count() > 0
+        await page.locator(".colours button", has_text="draft").click()
+        await wait_for_text(page, "#token-view .legend", r"recovered: sampled where a draft")
+        assert await page.locator(".tokens .origin-accepted").count() > 0
+        assert await page.locator(".tokens .origin-recovered").count() > 0
+        assert await shades.count() == 0
+        await page.locator(".tokens").focus()
+        await page.keyboard.press("ArrowRight")
+        await wait_for_text(page, "#token-facts", r'Token 0: " ", .*, drafted and accepted')
         await page.mouse.move(0, 0)
         for scheme in ("light", "dark"):
             await page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]

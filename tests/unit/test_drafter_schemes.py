@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rollout_server.drafter.lag import is_rebuild_due
+from rollout_server.drafter.lag import WeightVersions, is_rebuild_due
 from rollout_server.drafter.plan import DeviceAbilities, DrafterPlan, resolve_scheme
 from rollout_server.drafter.schemes import (
     WEIGHTS_AT_A_TIME,
@@ -124,6 +124,13 @@ def test_a_drafter_is_rebuilt_before_it_falls_too_far_behind(
     target: int, drafter: int, every: int, due: bool
 ) -> None:
     assert is_rebuild_due(target, drafter, every) is due
+
+
+def test_a_drafter_that_is_being_rebuilt_drafts_nothing() -> None:
+    pair = WeightVersions(target=4, drafter=4)
+    assert pair.may_draft(1)
+    assert not replace(pair, is_rebuilding=True).may_draft(9)
+    assert not replace(pair, target=5).may_draft(1)
 
 
 def test_excluded_layers_and_the_shared_head_stay_the_targets() -> None:

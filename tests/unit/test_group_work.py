@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,6 +122,18 @@ def test_a_second_death_adds_to_what_the_first_left() -> None:
     assert piece.request.request_id == "g/attempt=3/sample=0"
     work.engine_died()  # before it had anything
     assert work.pieces()[0].request.prompt_token_ids == [1, 2, 5, 6]
+
+
+def test_origins_are_known_of_the_tokens_of_the_engine_that_finished() -> None:
+    work = work_on(request(n=2))
+    (piece,) = work.pieces()
+    work.note(piece, [news(0, 0, [11, 12])])
+    work.engine_died()
+    pieces = work.pieces()
+    for piece in pieces:
+        own = replace(sample(0, [21, 22]), token_origins="ar")
+        work.take(piece, result(own))
+    assert {s.sample_index: s.token_origins for s in work.samples()} == {0: "??ar", 1: "ar"}
 
 
 def test_late_and_repeated_news_change_nothing() -> None:

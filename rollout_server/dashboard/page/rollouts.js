@@ -1,4 +1,5 @@
-// The latest delivered groups, and one sample of them token by token, coloured by logprob.
+// The latest delivered groups, and one sample of them token by token, coloured by its probability
+// or by how it came about.
 
 import { getJson } from "./api.js";
 import { byId, clamp, clockTime, h, number, percent, renderWhenChanged, short } from "./dom.js";
@@ -6,10 +7,16 @@ import { byId, clamp, clockTime, h, number, percent, renderWhenChanged, short } 
 // Lower ends of the probability of a token, from pale to strong.
 const PROBABILITIES = [0.9, 0.5, 0.2, 0.05, 0];
 const MAX_LISTED = 25;
+const ORIGINS = {
+  p: ["plain", "sampled without drafts"], a: ["accepted", "drafted and accepted"],
+  r: ["recovered", "sampled where a draft was rejected"], b: ["bonus", "sampled behind accepted drafts"],
+  "?": ["unknown", "sampled by an engine that died"],
+};
 
 let chosen = null; // a group's number
 let tokens = null; // of that group, as the server gave them
 let sampleIndex = 0;
+let colours = "probability"; // or "origin"
 
 export function drawGroups({ groups }) {
   if (byId("rollouts-hold").checked && byId("groups").childElementCount) return;
@@ -65,9 +72,26 @@ function drawTokens(view) {
       }, `#${other.sample_index}`)),
       hidden > 0 && h("span", { class: "hint" }, `and ${hidden} more that are not kept`)),
     facts(sample),
+    colourChoice(view, sample),
     tokenText(sample),
     h("p", { class: "hint number", id: "token-facts", role: "status" }, "Point at a token, or focus the text and use the arrow keys."),
-    legend());
+    showsOrigins(sample) ? originLegend(sample) : legend());
+}
+
+const showsOrigins = (sample) => colours === "origin" && sample.token_origins !== "";
+
+function colourChoice(view, sample) {
+  const choice = (name, text) => h("button", {
+    type: "button", "aria-pressed": String(colours === name),
+    disabled: name === "origin" && sample.token_origins === "",
+    onclick: () => {
+      colours = name;
+      drawTokens(view);
+      view.querySelector(`.colours button[aria-pressed="true"]`).focus();
+    },
+  }, text);
+  return h("div", { class: "samples colours", role: "group", "aria-label": "Colour tokens by" },
+    h("span", { class: "hint" }, "Colour by"), choice("probability", "probability"), choice("origin", "draft"));
 }
 
 function chooseSample(view, index) {
@@ -79,7 +103,7 @@ function chooseSample(view, index) {
 function facts(sample) {
   const reward = sample.reward === null ? `no reward (${sample.reward_status})` : `reward ${short(sample.reward)}`;
   const drafted = sample.num_draft_tokens
-    ? `${sample.num_accepted_tokens} of ${sample.num_draft_tokens} drafted tokens accepted (${percent(sample.num_accepted_tokens / sample.num_draft_tokens)}); which ones, engines do not record`
+    ? `${sample.num_accepted_tokens} of ${sample.num_draft_tokens} drafted tokens accepted (${percent(sample.num_accepted_tokens / sample.num_draft_tokens)})`
     : "nothing was drafted";
   const mean = sample.logprobs.reduce((total, value) => total + value, 0) / sample.logprobs.length;
   const cut = sample.texts.length < sample.num_tokens ? `, the first ${sample.texts.length} shown` : "";
@@ -89,8 +113,9 @@ function facts(sample) {
 
 function tokenText(sample) {
   const starts = new Map(sample.weight_versions.map((span) => [span.start, span.version]));
+  const style = (index) => (showsOrigins(sample) ? `origin-${ORIGINS[sample.token_origins[index]][0]}` : `token-${shade(sample.logprobs[index])}`);
   const spans = sample.texts.map((text, index) =>
-    h("span", { class: `token token-${shade(sample.logprobs[index])}`, "data-index": index }, visible(text)));
+    h("span", { class: `token ${style(index)}`, "data-index": index }, visible(text)));
   const children = spans.flatMap((span, index) =>
     starts.has(index) ? [h("span", { class: "version-mark" }, `v${starts.get(index)} `), span] : [span]);
   const text = h("pre", { class: "tokens", tabindex: 0, role: "group", "aria-label": "Completion, token by token", "aria-describedby": "token-facts" }, children);
@@ -119,7 +144,8 @@ function describe(sample, index) {
   const logprob = sample.logprobs[index];
   const span = sample.weight_versions.find(({ start, end }) => start <= index && index < end);
   byId("token-facts").textContent = `Token ${index}: ${JSON.stringify(sample.texts[index])}, logprob ${number(logprob, 3)}, `
-    + `probability ${percent(Math.exp(logprob), 1)}${span ? `, weight version ${span.version}` : ""}`;
+    + `probability ${percent(Math.exp(logprob), 1)}${span ? `, weight version ${span.version}` : ""}`
+    + (sample.token_origins ? `, ${ORIGINS[sample.token_origins[index]][1]}` : "");
 }
 
 /** A line break is shown as well as made; a token without text (half a character) stays visible. */
@@ -131,4 +157,12 @@ function legend() {
   return h("ul", { class: "legend", "aria-label": "Colours by probability" }, PROBABILITIES.map((lowest, index) =>
     h("li", {}, h("span", { class: `swatch token token-${index + 1}` }),
       index === PROBABILITIES.length - 1 ? `below ${percent(PROBABILITIES[index - 1])}` : `${percent(lowest)} or more`)));
+}
+
+function originLegend(sample) {
+  const counts = [...sample.token_origins].reduce((sums, letter) => sums.set(letter, (sums.get(letter) ?? 0) + 1), new Map());
+  return h("ul", { class: "legend", "aria-label": "Colours by draft" }, Object.entries(ORIGINS)
+    .filter(([letter]) => counts.has(letter))
+    .map(([letter, [name, meaning]]) =>
+      h("li", {}, h("span", { class: `swatch token origin-${name}` }), `${name}: ${meaning} (${number(counts.get(letter))})`)));
 }

@@ -103,6 +103,11 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
     Symbol("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.take_draft_token_ids"),
     Symbol("vllm.v1.worker.gpu_model_runner", "build_logitsprocs", ("vllm_config", "device")),
     Symbol("vllm.sampling_params", "SamplingParams._validate_spec_decode", ("speculative_config",)),
+    Symbol(
+        "vllm.v1.metrics.stats",
+        "RequestSpecDecodeMetrics.observe",
+        ("num_draft_tokens", "num_accepted", "detailed"),
+    ),
     Symbol("vllm.v1.worker.gpu_input_batch", "InputBatch.update_async_output_token_ids"),
     Symbol("vllm.v1.sample.logits_processor.builtin", "MinPLogitsProcessor"),
     Symbol("vllm.v1.sample.logits_processor.builtin", "LogitBiasLogitsProcessor"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from rollout_server.drafter.lag import WeightVersions
 from rollout_server.speculation.cost_model import CostModel
 from shared.schemas.speculation import SpeculationPatch
 
@@ -24,8 +25,8 @@ def slipstream_load(core: Any) -> dict[str, Any]:
         "num_generation_tokens": scheduler.num_generation_tokens,
         "num_prompt_tokens": scheduler.num_prompt_tokens,
         "num_preemptions": scheduler.num_preemptions,
-        "target_version": scheduler.target_version,
-        "drafter_version": scheduler.drafter_version,
+        "target_version": scheduler.versions.target,
+        "drafter_version": scheduler.versions.drafter,
     }
 
 
@@ -55,9 +56,13 @@ def slipstream_end_sweep(core: Any) -> list[tuple[dict[str, int], float]]:
     return [(asdict(shape), s) for shape, s in core.scheduler.speculation.end_sweep()]
 
 
-def slipstream_set_weight_versions(core: Any, target_version: int, drafter_version: int) -> None:
-    """End of a commit: one place where an engine's versions change."""
-    core.scheduler.set_weight_versions(target_version, drafter_version)
+def slipstream_set_weight_versions(
+    core: Any, target_version: int, drafter_version: int, is_rebuilding: bool
+) -> None:
+    """One place where an engine's versions change: at the end of a load, and of a rebuild."""
+    core.scheduler.set_weight_versions(
+        WeightVersions(target=target_version, drafter=drafter_version, is_rebuilding=is_rebuilding)
+    )
     core.set_weight_version(str(target_version))
 
 

@@ -10,15 +10,10 @@ session open for good, whereas here a failed load poisons the engine and the ser
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Container, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch.nn import Module
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload.layerwise import (
@@ -27,15 +22,20 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from rollout_server.drafter.proposer import SelfDraftProposer
-from rollout_server.drafter.requantization import requantize, requantize_changed
 from rollout_server.drafter.sharing import (
     draft_linear_methods,
     num_unshared_bytes,
     token_embedding,
 )
-from rollout_server.drafter.target_packing import pack_from_target, unreadable_layers
+from rollout_server.engine.vllm_plugin.checkpoint import (
+    iterate_safetensors,
+    safetensors_files,
+    tensor_names,
+)
+from rollout_server.engine.vllm_plugin.drafter_rebuild import DrafterRebuilding
 from rollout_server.engine.vllm_plugin.expert_repair import repack_experts
 from rollout_server.engine.vllm_plugin.partial_load import touched_modules
+from rollout_server.engine.vllm_plugin.reused_memory import reused_memory
 from rollout_server.engine.vllm_plugin.weight_audit import WeightAudit, auditable_modules
 from shared.types import DrafterScheme
 
@@ -46,16 +46,15 @@ class SlipstreamWorkerExtension:
     vllm_config: Any
     model_runner: Any
     _slipstream_staged: dict[int, str]
+    _slipstream_loaded_path: str
+    _slipstream_rebuilding: DrafterRebuilding | None = None
 
     def slipstream_stage(self, version: int, path: str) -> int:
         """Look into the file (or model directory) and remember it; nothing is served from it yet.
         Returns tensor count."""
         if not hasattr(self, "_slipstream_staged"):
             self._slipstream_staged = {}
-        num_tensors = 0
-        for file_path in safetensors_files(path):
-            with safe_open(file_path, framework="pt") as file:
-                num_tensors += len(file.keys())
+        num_tensors = len(tensor_names(path))
         self._slipstream_staged[version] = path
         return num_tensors
 
@@ -63,22 +62,14 @@ class SlipstreamWorkerExtension:
         """Forget a staged version."""
         getattr(self, "_slipstream_staged", {}).pop(version, None)
 
-    def slipstream_load(
-        self,
-        version: int,
-        rebuild: bool = True,
-        changed: list[str] | None = None,
-        changed_for_drafter: list[str] | None = None,
-    ) -> dict[str, float]:
-        """Replace the target's weights and rebuild the drafter. Generation must be paused.
+    def slipstream_load(self, version: int, changed: list[str] | None = None) -> float:
+        """Replace the target's weights; the drafter stays as it is. Generation must be paused.
 
         Args:
-            rebuild: False leaves the drafter as it is (``drafter.requantize_every``).
             changed: checkpoint tensors that differ from what is loaded; None for all of them.
-            changed_for_drafter: those that differ from what the drafter was made of.
 
         Returns:
-            ``load_s`` and ``requantize_s``.
+            Seconds.
 
         Raises:
             KeyError: the version was not staged.
@@ -86,15 +77,33 @@ class SlipstreamWorkerExtension:
         path = self._slipstream_staged.pop(version)
         model = self.model_runner.get_model()
         started = time.perf_counter()
-        with set_current_vllm_config(self.vllm_config), torch.no_grad():
+        self._slipstream_rebuilding = None
+        with set_current_vllm_config(self.vllm_config), torch.no_grad(), reused_memory():
             load_target(model, path, changed, self.vllm_config.model_config)
-            loaded = time.perf_counter()
-            proposer = SelfDraftProposer.active
-            if proposer is not None and rebuild:
-                rebuild_drafter(proposer, model, path, changed_for_drafter)
         torch.accelerator.synchronize()
-        finished = time.perf_counter()
-        return {"load_s": loaded - started, "requantize_s": finished - loaded}
+        self._slipstream_loaded_path = path
+        return time.perf_counter() - started
+
+    def slipstream_begin_rebuild(self, changed: list[str] | None = None) -> None:
+        """Get ready to make the drafter anew from what was loaded last. It must not draft, or only
+        as one that is stale, until ``slipstream_rebuild`` says that it is done.
+
+        Args:
+            changed: checkpoint tensors that differ from what the drafter was made of; None: all.
+        """
+        proposer = SelfDraftProposer.active
+        if proposer is not None:
+            self._slipstream_rebuilding = DrafterRebuilding(
+                proposer, self.model_runner.get_model(), self._slipstream_loaded_path, changed
+            )
+
+    def slipstream_rebuild(self, budget_s: float) -> bool:
+        """Go on with it for about so long. True when it is done, or there is no drafter."""
+        rebuilding = self._slipstream_rebuilding
+        if rebuilding is None or rebuilding.advance(self.vllm_config, budget_s):
+            self._slipstream_rebuilding = None
+            return True
+        return False
 
     def slipstream_audit_modules(self) -> list[str]:
         """Names of the modules that ``slipstream_audit`` takes."""
@@ -154,22 +163,6 @@ def load_target(model: Any, path: str, changed: list[str] | None, model_config: 
         repack_experts(model)  # packed again only if they were loaded again
 
 
-def rebuild_drafter(
-    proposer: SelfDraftProposer, target: Module, path: str, changed: list[str] | None
-) -> None:
-    """From the target's parameters where they can be read, else from the file once more."""
-    touched = None if changed is None else touched_modules(target, changed, tensor_names(path))
-    if proposer.device.type == "cuda" and not unreadable_layers(proposer.model, target):
-        pack_from_target(proposer.model, target, None if touched is None else touched.module_names)
-    elif touched is None or changed is None:
-        requantize(proposer.model, iterate_safetensors(path))
-    else:
-        methods = draft_linear_methods(proposer.model).values()
-        takes_shards = all(method.takes_single_shards() for method in methods)
-        names = frozenset(changed) if takes_shards else touched.tensor_names
-        requantize_changed(proposer.model, dict(iterate_safetensors(path, names)))
-
-
 def repack_tied_lm_head(model: Any) -> None:
     """A tied LM head gets no weight of its own in a reload, so vLLM leaves alone what it packed
     from the old one (on CPU, inside a oneDNN handler): pack it again from the new embedding.
@@ -182,35 +175,3 @@ def repack_tied_lm_head(model: Any) -> None:
     _, embedding = token_embedding(model)
     if head.weight.data_ptr() == embedding.weight.data_ptr():
         head.quant_method.process_weights_after_loading(head)
-
-
-def safetensors_files(path: str) -> list[str]:
-    """The file itself, or the files of a model directory."""
-    if not os.path.isdir(path):
-        return [path]
-    return sorted(str(file) for file in Path(path).glob("*.safetensors"))
-
-
-def tensor_names(path: str) -> list[str]:
-    """Of a file, or a model directory."""
-    names: list[str] = []
-    for file_path in safetensors_files(path):
-        with safe_open(file_path, framework="pt") as file:
-            names += file.keys()
-    return names
-
-
-def iterate_safetensors(
-    path: str, names: Container[str] | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """``(name, tensor)`` over memory-mapped files, one tensor at a time.
-
-    Args:
-        path: a file, or a model directory.
-        names: only these.
-    """
-    for file_path in safetensors_files(path):
-        with safe_open(file_path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if names is None or name in names:
-                    yield name, file.get_tensor(name)

@@ -1,0 +1,168 @@
+"""An engine's side of a push, over a vLLM that only writes down what it is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rollout_server.engine.arguments import EngineSpec
+from rollout_server.engine.weight_loading import WeightLoading
+from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
+from shared.config.speculation import SpeculationConfig
+from shared.errors import WeightCommitError
+from shared.schemas.weights import TensorEntry, WeightManifest
+from shared.types import DrafterRebuild, PauseMode
+
+NUM_SLICES = 3
+
+
+class NotedCore:
+    """``AsyncLLM.engine_core``."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self._calls = calls
+
+    async def pause_scheduler_async(self, **_: object) -> None:
+        self._calls.append("pause")
+
+    async def resume_scheduler_async(self) -> None:
+        self._calls.append("resume")
+
+    async def call_utility_async(self, name: str, *args: object) -> None:
+        self._calls.append((name.removeprefix("slipstream_"), *args))
+
+
+class NotedLLM:
+    """``AsyncLLM`` with two ranks, of which one needs a slice more for its rebuild."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.engine_core = NotedCore(self.calls)
+        self.fails_in_slice: int | None = None
+        self._num_slices = 0
+
+    async def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        match name:
+            case "slipstream_load":
+                self.calls.append("load")
+                return [0.25, 0.5]
+            case "slipstream_begin_rebuild":
+                self._num_slices = 0
+                self.calls.append(("begin", *args))
+            case "slipstream_rebuild":
+                self._num_slices += 1
+                if self._num_slices == self.fails_in_slice:
+                    raise RuntimeError("out of memory")
+                self.calls.append("slice")
+                return [self._num_slices >= NUM_SLICES - 1, self._num_slices >= NUM_SLICES]
+        return [None, None]
+
+
+def loading(**drafter: object) -> WeightLoading:
+    return WeightLoading(
+        EngineSpec(
+            engine_id="engine-0",
+            index=0,
+            model=ModelConfig(path="nowhere"),
+            engine=EngineConfig(),
+            drafter=DrafterConfig.model_validate(drafter),
+            speculation=SpeculationConfig(),
+            device="cpu",
+        )
+    )
+
+
+def manifest(version: int, *changed: str) -> WeightManifest:
+    """Tensors a and b; those named have other bits than in any other version."""
+    return WeightManifest(
+        segment=f"v{version}",
+        tensors=[
+            TensorEntry(
+                name=name,
+                dtype="BF16",
+                shape=[1],
+                num_bytes=2,
+                digest=f"{version if name in changed else 0:032x}",
+            )
+            for name in ("a", "b")
+        ],
+    )
+
+
+async def load(weights: WeightLoading, llm: NotedLLM, version: int, *changed: str) -> None:
+    weights._staged[version] = manifest(version, *changed)
+    await weights.load(llm, version, PauseMode.KEEP, False)
+
+
+async def test_generation_resumes_before_the_drafter_is_rebuilt() -> None:
+    llm, weights = NotedLLM(), loading()
+    await load(weights, llm, 1)
+    await weights.resume(llm, stay_paused=False)
+    assert (weights.version, weights.drafter_version) == (1, 0)
+    seconds = await weights.rebuild_drafter(llm)
+    assert (weights.version, weights.drafter_version) == (1, 1)
+    assert seconds > 0
+    assert llm.calls == [
+        "pause",
+        "load",
+        ("begin", None),
+        ("set_weight_versions", 1, 0, True),
+        "resume",
+        *["slice"] * NUM_SLICES,
+        ("set_weight_versions", 1, 1, False),
+    ]
+    assert await weights.rebuild_drafter(llm) == seconds, "there is nothing more to rebuild"
+    assert len(llm.calls) == 9
+
+
+async def test_in_the_pause_if_it_is_to_be_there() -> None:
+    llm, weights = NotedLLM(), loading(rebuild=DrafterRebuild.IN_PAUSE)
+    await load(weights, llm, 1)
+    assert (weights.version, weights.drafter_version) == (1, 1)
+    await weights.resume(llm, stay_paused=False)
+    assert await weights.rebuild_drafter(llm) > 0
+    assert llm.calls[3:] == [
+        *["slice"] * NUM_SLICES,
+        ("set_weight_versions", 1, 1, False),
+        "resume",
+    ]
+
+
+async def test_a_drafter_that_may_lag_is_left_alone_and_drafts_on() -> None:
+    llm, weights = NotedLLM(), loading(requantize_every=2)
+    await load(weights, llm, 1)
+    assert await weights.rebuild_drafter(llm) == 0.0
+    assert llm.calls == ["pause", "load", ("set_weight_versions", 1, 0, False)]
+
+
+async def test_only_what_differs_from_the_drafters_own_weights_is_rebuilt() -> None:
+    llm, weights = NotedLLM(), loading()
+    for version, changed in ((1, []), (2, ["b"])):
+        await load(weights, llm, version, *changed)
+        await weights.resume(llm, stay_paused=False)
+        await weights.rebuild_drafter(llm)
+    assert [call for call in llm.calls if call[0] == "begin"] == [("begin", None), ("begin", ["b"])]
+
+
+async def test_after_a_rebuild_that_was_not_ended_everything_is_rebuilt() -> None:
+    llm, weights = NotedLLM(), loading(requantize_every=9)
+    await load(weights, llm, 9)
+    await weights.rebuild_drafter(llm)
+    await load(weights, llm, 18, "a")
+    # Back to a version that the drafter would not have to follow.
+    await load(weights, llm, 10, "a")
+    assert [call for call in llm.calls if call[0] == "begin"][1:] == [
+        ("begin", ["a"]),
+        ("begin", None),
+    ]
+    assert llm.calls[-1] == ("set_weight_versions", 10, 9, True)
+
+
+async def test_a_rebuild_that_fails_is_an_error_that_names_engine_and_version() -> None:
+    llm, weights = NotedLLM(), loading()
+    llm.fails_in_slice = 2
+    await load(weights, llm, 1)
+    with pytest.raises(WeightCommitError, match=r"engine-0 .* drafter for version 1: out of mem"):
+        await weights.rebuild_drafter(llm)
+    assert (weights.version, weights.drafter_version) == (1, 0)
