@@ -76,7 +76,7 @@ def loading(**drafter: object) -> WeightLoading:
 def manifest(version: int, *changed: str) -> WeightManifest:
     """Tensors a and b; those named have other bits than in any other version."""
     return WeightManifest(
-        segment=f"v{version}",
+        segment=f"slipstream-v{version}.safetensors",
         tensors=[
             TensorEntry(
                 name=name,

@@ -57,7 +57,7 @@ def slipstream_end_sweep(core: Any) -> list[tuple[dict[str, int], float]]:
 
 
 def slipstream_set_weight_versions(
-    core: Any, target_version: int, drafter_version: int, is_rebuilding: bool
+    core: Any, target_version: int, drafter_version: int, is_rebuilding: bool = False
 ) -> None:
     """One place where an engine's versions change: at the end of a load, and of a rebuild."""
     core.scheduler.set_weight_versions(

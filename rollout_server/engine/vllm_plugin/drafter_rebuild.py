@@ -1,4 +1,4 @@
-"""Makes a worker's drafter anew from the file its target was loaded from, a block at a time.
+"""Makes a vLLM worker's drafter anew from the file its target was loaded from, block by block.
 
 Leans on (vLLM 0.32.0): ``set_current_vllm_config``, inside of which layers load.
 """
