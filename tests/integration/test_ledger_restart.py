@@ -1,7 +1,6 @@
 """Accepted requests and finished groups outlive the server: what a restart finds, and goes on with.
 
-A kill is a copy of the ledger's files taken while the first server still runs.
-"""
+A kill is a copy of the ledger's files taken while the first server still runs."""
 
 from __future__ import annotations
 
@@ -132,8 +131,7 @@ async def test_a_request_without_a_name_is_not_run_on_for_nobody(path: Path, kil
         await until(lambda: first_service.router.accounts.num_delivered == 2, "a group")
         left = as_after_a_kill(path, killed)
         leaving.cancel()
-    engine = FakeEngine("e", committed_version=2)
-    async with life(left, engine) as (_, service):
+    async with life(left, engine := FakeEngine("e")) as (_, service):
         await until(lambda: books(service) == (4, 2, 0, 2, 0), "the request to end")
     assert engine.requests == []
 

@@ -135,14 +135,13 @@ async def test_the_drafter_is_rebuilt_beside_what_runs_and_drafts_nothing_until_
     )
     await asyncio.sleep(0.3)
     await engine.load_weights(version, PauseMode.KEEP)
-    loaded = await engine.speculation(0)
     await engine.resume()
     assert (await engine.load())["drafter_version"] < version
     await engine.rebuild_drafter()
     rebuilt = await engine.speculation(0)
-    stale = rebuilt.num_steps_per_reason.get(SpeculationReason.STALE_DRAFTER, 0)
-    assert stale >= 2, "steps ran between the blocks"
-    assert rebuilt.num_draft_tokens == loaded.num_draft_tokens
+    stale = [step for step in rebuilt.history if step.reason is SpeculationReason.STALE_DRAFTER]
+    assert rebuilt.num_steps_per_reason[SpeculationReason.STALE_DRAFTER] >= 2, "between the blocks"
+    assert {step.num_speculative_tokens for step in stale} == {0}
     assert (await engine.load())["drafter_version"] == version
     await running
     assert (await engine.speculation(0)).num_draft_tokens > rebuilt.num_draft_tokens
