@@ -50,6 +50,12 @@ class ScoringPool:
         self._signatures: dict[str, RewardSignature] = {
             name: read_signature(reward.function) for name, reward in BUILTIN_REWARDS.items()
         }
+        self._unavailable: dict[str, str] = {}
+        """Why, by built-in reward."""
+        for name, reward in BUILTIN_REWARDS.items():
+            reason = reward.why_unavailable(allows_code=config.allow_code_execution)
+            if reason is not None:
+                self._unavailable[name] = reason
         self._is_open = False
 
     async def start(self) -> None:
@@ -102,15 +108,19 @@ class ScoringPool:
 
     def reward_names(self) -> list[str]:
         """Names a request may use."""
-        return sorted(set(self._signatures) | set(self._config.rewards))
+        return sorted({*self._signatures, *self._config.rewards} - self._unavailable.keys())
 
     def validate_reward(self, spec: RewardSpec) -> None:
         """Check name and parameters before anything is generated.
 
         Raises:
-            InvalidRequestError: unknown reward, or a parameter that is unknown, missing, of the
-                wrong type or out of range.
+            InvalidRequestError: a reward that is unknown or not available here, or a parameter that
+                is unknown, missing, of the wrong type or out of range.
         """
+        if spec.name in self._unavailable:
+            raise InvalidRequestError(
+                f"reward {spec.name!r} {self._unavailable[spec.name]}", param="reward.name"
+            )
         signature = self._signatures.get(spec.name)
         if signature is None:
             raise InvalidRequestError(

@@ -9,31 +9,27 @@ pipe when idle, by a signal of the kernel when busy.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import math
 import os
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from rollout_server.scoring.confinement import WorkerLimits
+from rollout_server.scoring.confinement import WorkerLimits, end_with_parent
 from rollout_server.scoring.frames import SLICE_S, encode_frame, read_frame
 from rollout_server.scoring.registry import BUILTIN_REWARDS, RewardFunction, import_reward
 from rollout_server.scoring.signature import read_signature
 
-PR_SET_PDEATHSIG = 1
 MAX_DETAIL_BYTES = 64 * 1024
 MAX_ERROR_CHARS = 2000
 
 
 def main() -> None:
     """Serve jobs until the pool closes the pipe."""
-    _end_with_parent(int(sys.argv[1]))
+    end_with_parent(int(sys.argv[1]))
     jobs, results = _take_over_pipes()
     setup = read_frame(jobs)
     if setup is None:
@@ -146,13 +142,6 @@ def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
     os.close(empty)
     os.dup2(2, 1)
     return jobs, results
-
-
-def _end_with_parent(parent_pid: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # not Linux: the end of the pipe remains
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:  # it died before the signal was asked for
-        sys.exit(0)
 
 
 if __name__ == "__main__":
