@@ -1,4 +1,4 @@
-"""The built-in rewards in real workers: their limits are statuses, and confined workers run them."""
+"""The built-in rewards in real workers: limits are statuses, and confined workers run them too."""
 
 from __future__ import annotations
 
