@@ -84,7 +84,7 @@ def test_a_frame_never_holds_more_than_a_slice_of_what_the_last_sample_took(
         pace.observe("r", duration_s)
     size = pace.num_samples("r")
     assert 1 <= size <= MAX_BATCH_SAMPLES
-    assert size == 1 or size * durations_s[-1] <= SLICE_S
+    assert size == 1 or size * durations_s[-1] <= SLICE_S * 1.000001
 
 
 async def test_a_group_goes_out_whole_if_its_reward_is_quick_else_sample_by_sample() -> None:
