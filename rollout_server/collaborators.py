@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from rollout_server.scoring.types import RewardResult, ScoreJob
+from rollout_server.scoring.types import ScoreJob, ScoreOutcome
 from shared.schemas.rollouts import ChatMessage, RewardSpec
 from shared.schemas.weights import AuditResponse, PublishRequest, PublishResponse, WeightsResponse
 
@@ -36,12 +36,9 @@ class Scorer(Protocol):
         """
         ...
 
-    async def score(self, job: ScoreJob) -> RewardResult:
-        """Never raises for a failing reward function: that is a status.
-
-        Raises:
-            ScoringError: the pool itself failed.
-        """
+    async def score_group(self, jobs: Sequence[ScoreJob]) -> Sequence[ScoreOutcome]:
+        """In the order of the jobs. A failing reward function is the status of its sample; a
+        ``ScoringError`` stands where the pool itself failed."""
         ...
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 from rollout_server.api import data_plane
-from rollout_server.rollouts import execution, registry
+from rollout_server.rollouts import execution, group_run, kept_groups, registry
 from rollout_server.service import RolloutService
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest
 
@@ -38,9 +38,9 @@ class CpuParts:
         self._coroutine(service.router, "generate", "route")
         for engine in service._pool.engines():
             self._coroutine(engine, "generate", "engine")
-        self._coroutine(service._scoring, "score", "score")
-        self._function(execution, "build_group", "build answer")
-        self._function(execution, "add_usage", "build answer")
+        self._coroutine(service._scoring, "score_group", "score")
+        self._function(group_run, "build_group", "build answer")
+        self._function(kept_groups, "usage_of", "build answer")
         self._function(RolloutGroup, "model_dump_json", "encode")
         self._function(execution.RolloutExecution, "response_body", "encode")
         self._function(service.metrics, "observe_group", "metrics")

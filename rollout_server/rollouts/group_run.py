@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -72,9 +71,7 @@ async def run_group(
     }
     rewards = [SKIPPED] * request.n
     with span("score", num_samples=len(jobs)):
-        # A task per sample is dear where nothing is scored.
-        scored = (_score(job, parts.scorer, group_id) for job in jobs.values())
-        results = await asyncio.gather(*scored) if jobs else []
+        results = await _score(list(jobs.values()), parts.scorer, group_id) if jobs else []
     for index, result in zip(jobs, results, strict=True):
         rewards[index] = result
     return build_group(
@@ -93,15 +90,24 @@ async def ended_before_it_began(request: GenerateRequest, *, num_wanted: int) ->
     return RoutedResult(result=result, queue_s=0.0, num_attempts=0)
 
 
-async def _score(job: ScoreJob, scorer: Scorer, group_id: str) -> RewardResult:
-    try:
-        return await scorer.score(job)
-    except ScoringError as exc:
-        # Tokens are dear: they are delivered even when the scoring pool is broken.
-        LOGGER.error("scoring for %s failed: %s", group_id, exc.message)
-        return RewardResult(
-            reward=None,
-            status=RewardStatus.ERROR,
-            detail={"error": exc.message},
-            duration_s=0.0,
+async def _score(jobs: Sequence[ScoreJob], scorer: Scorer, group_id: str) -> Sequence[RewardResult]:
+    outcomes = await scorer.score_group(jobs)
+    failures = [outcome for outcome in outcomes if isinstance(outcome, ScoringError)]
+    if failures:
+        LOGGER.error(
+            "scoring for %s failed, of %d of %d samples: %s",
+            *(group_id, len(failures), len(jobs), failures[0].message),
         )
+    return [
+        _unscored(outcome) if isinstance(outcome, ScoringError) else outcome for outcome in outcomes
+    ]
+
+
+def _unscored(error: ScoringError) -> RewardResult:
+    """Tokens are dear: they are delivered even when the scoring pool is broken."""
+    return RewardResult(
+        reward=None,
+        status=RewardStatus.ERROR,
+        detail={"error": error.message},
+        duration_s=0.0,
+    )

@@ -9,10 +9,13 @@ Imported by workers: the standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from dataclasses import asdict, dataclass
@@ -20,6 +23,7 @@ from typing import Any
 
 MIB = 1024 * 1024
 
+PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_SECCOMP = 22
 SECCOMP_MODE_FILTER = 2
@@ -114,6 +118,14 @@ class WorkerLimits:
         wanted = used_s + self.max_cpu_s + 1
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Have the kernel end this process when its parent ends; end now if that has happened."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux: the end of the pipe remains
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before the signal was asked for
+        sys.exit(0)
 
 
 def deny_sockets() -> None:

@@ -1,6 +1,13 @@
 """How pool and worker talk: JSON objects over a pipe, each behind its length in 8 bytes.
 
 JSON and not pickle: nothing a reward function returns can run code in the API process.
+
+A frame to a worker is a batch: what the samples of a prompt share, once, and their completions.
+A frame from it is the answer for one sample. The answers come in order, each before the next sample
+is begun; the last one says so. A batch that takes longer than ``SLICE_S`` ends early: the worker
+never begins the samples after the one that was too slow, and the pool gives them to whoever is
+idle. So a sample waits for at most one slow one while another worker is free, and without a batch
+being called back: nothing has to be agreed on in two processes at once.
 """
 
 from __future__ import annotations
@@ -12,6 +19,10 @@ from typing import Any, BinaryIO
 LENGTH_NUM_BYTES = 8
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """Above any request body the API accepts; a longer frame is a broken pipe, not data."""
+
+SLICE_S = 0.005
+"""Seconds for which a worker goes on beginning samples of one batch. A frame costs about half a
+millisecond, so more would save little, and keep samples from idle workers."""
 
 
 def encode_frame(message: Mapping[str, Any]) -> bytes:

@@ -1,33 +1,31 @@
-"""Scores finished samples in worker processes: first come, first served, one job per worker.
+"""Scores finished samples in worker processes: first come, first served.
 
 Called by the API. Each worker sits in a ``WorkerSeat`` that replaces it when it is late or dead,
-and an owner task (``_serve``) hands jobs to the seat. Whatever happens to a worker, every job gets
-a result.
+and an owner task (``_serve``) hands samples to the seat: of a quick reward many in one frame, of a
+slow one each by itself (``RewardPace``). Answers come back one by one. Whatever happens to a worker
+costs the sample it had in hand; those it had not begun go back into the queue (``WaitingSamples``).
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 
+from rollout_server.scoring.pace import RewardPace
 from rollout_server.scoring.registry import BUILTIN_REWARDS
 from rollout_server.scoring.signature import (
     RewardParamError,
     RewardSignature,
     read_signature,
 )
-from rollout_server.scoring.types import RewardResult, ScoreJob
+from rollout_server.scoring.types import RewardResult, ScoreJob, ScoreOutcome
+from rollout_server.scoring.waiting import SamplesInHand, WaitingSamples
 from rollout_server.scoring.worker_seat import WorkerSeat
 from shared.clock import Clock, SystemClock
 from shared.config.server import ScoringConfig
 from shared.errors import ConfigurationError, InvalidRequestError, ScoringError
 from shared.schemas.rollouts import RewardSpec
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _QueuedJob:
-    job: ScoreJob
-    result: asyncio.Future[RewardResult]
 
 
 class ScoringPool:
@@ -45,12 +43,19 @@ class ScoringPool:
             )
         self._config = config
         self._clock = clock or SystemClock()
-        self._queue: asyncio.Queue[_QueuedJob] = asyncio.Queue()
+        self._pace = RewardPace()
+        self._waiting = WaitingSamples(self._pace)
         self._seats: list[WorkerSeat] = []
         self._owners: list[asyncio.Task[None]] = []
         self._signatures: dict[str, RewardSignature] = {
             name: read_signature(reward.function) for name, reward in BUILTIN_REWARDS.items()
         }
+        self._unavailable: dict[str, str] = {}
+        """Why, by built-in reward."""
+        for name, reward in BUILTIN_REWARDS.items():
+            reason = reward.why_unavailable(allows_code=config.allow_code_execution)
+            if reason is not None:
+                self._unavailable[name] = reason
         self._is_open = False
 
     async def start(self) -> None:
@@ -81,19 +86,20 @@ class ScoringPool:
         ]
 
     async def close(self) -> None:
-        """End the workers; jobs without a result raise ``ScoringError``. May be called again."""
+        """End the workers; samples without a result get a ``ScoringError``. May be called again."""
         self._is_open = False
         owners, self._owners = self._owners, []
         for owner in owners:
             owner.cancel()
         await asyncio.gather(*owners, return_exceptions=True)
-        while not self._queue.empty():
-            _fail(self._queue.get_nowait(), _closed())
+        # An owner that was cancelled before it ran has not closed its seat.
+        await asyncio.gather(*(seat.close() for seat in self._seats))
+        self._waiting.fail_all(_closed())
 
     @property
     def num_queued(self) -> int:
         """Samples that wait for a worker."""
-        return self._queue.qsize()
+        return self._waiting.num_samples
 
     @property
     def num_worker_restarts(self) -> int:
@@ -102,15 +108,19 @@ class ScoringPool:
 
     def reward_names(self) -> list[str]:
         """Names a request may use."""
-        return sorted(set(self._signatures) | set(self._config.rewards))
+        return sorted({*self._signatures, *self._config.rewards} - self._unavailable.keys())
 
     def validate_reward(self, spec: RewardSpec) -> None:
         """Check name and parameters before anything is generated.
 
         Raises:
-            InvalidRequestError: unknown reward, or a parameter that is unknown, missing, of the
-                wrong type or out of range.
+            InvalidRequestError: a reward that is unknown or not available here, or a parameter that
+                is unknown, missing, of the wrong type or out of range.
         """
+        if spec.name in self._unavailable:
+            raise InvalidRequestError(
+                f"reward {spec.name!r} {self._unavailable[spec.name]}", param="reward.name"
+            )
         signature = self._signatures.get(spec.name)
         if signature is None:
             raise InvalidRequestError(
@@ -129,45 +139,54 @@ class ScoringPool:
             ) from exc
 
     async def score(self, job: ScoreJob) -> RewardResult:
-        """Judge one sample. A reward that fails, hangs or crashes is a status, not an exception.
-
-        The wait has no limit of its own: each job before this one takes ``scoring.timeout_s`` at
-        the longest.
+        """Judge one sample, as ``score_group`` does.
 
         Raises:
             ScoringError: the pool is closed, or cannot start a worker any more.
         """
-        if not self._is_open:
-            raise _closed()
-        queued = _QueuedJob(job=job, result=asyncio.get_running_loop().create_future())
-        self._queue.put_nowait(queued)
-        return await queued.result
+        (outcome,) = await self.score_group([job])
+        if isinstance(outcome, ScoringError):
+            raise outcome
+        return outcome
+
+    async def score_group(self, jobs: Sequence[ScoreJob]) -> list[ScoreOutcome]:
+        """Judge the samples of a group. A reward that fails, hangs or crashes is the status of the
+        sample it was called for.
+
+        The wait has no limit of its own: each sample, and each before it, takes
+        ``scoring.timeout_s`` at the longest. A caller that gives up costs the workers what they
+        have in hand, and no more than ``SLICE_S`` beyond.
+
+        Returns:
+            In the order of the jobs; a ``ScoringError`` where the pool is closed, or cannot start a
+            worker any more.
+        """
+        if not jobs or not self._is_open:
+            return [_closed() for _ in jobs]
+        return await self._waiting.add(jobs).outcomes
 
     async def _serve(self, seat: WorkerSeat) -> None:
-        """Hand jobs to one seat until the pool closes."""
+        """Hand samples to one seat until the pool closes."""
         try:
             while True:
-                queued = await self._queue.get()
-                if queued.result.done():  # its caller gave up
-                    continue
+                samples = await self._waiting.take()
                 try:
-                    result = await seat.run(queued.job)
+                    await seat.run(samples.jobs, partial(self._settle_next, samples))
                 except ScoringError as exc:
-                    _fail(queued, exc)
+                    samples.settle_next(exc)
+                    self._waiting.put(samples.rest)
                     continue
                 except BaseException:
-                    _fail(queued, _closed())
+                    samples.settle_rest(_closed())
                     raise
-                if not queued.result.done():
-                    queued.result.set_result(result)
+                self._waiting.put(samples.rest)
                 await seat.refill()
         finally:
             await seat.close()
 
-
-def _fail(queued: _QueuedJob, error: ScoringError) -> None:
-    if not queued.result.done():
-        queued.result.set_exception(error)
+    def _settle_next(self, samples: SamplesInHand, result: RewardResult) -> None:
+        samples.settle_next(result)
+        self._pace.observe(samples.reward_name, result.duration_s)
 
 
 def _closed() -> ScoringError:

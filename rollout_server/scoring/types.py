@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from shared.errors import ScoringError
 from shared.schemas.base import JsonObject
 from shared.schemas.rollouts import RewardSpec
 from shared.types import RewardStatus
@@ -21,6 +22,15 @@ class ScoreJob:
     answer: str | None
     metadata: JsonObject
 
+    def shares_question_with(self, other: ScoreJob) -> bool:
+        """All but the completion is the very same, as in samples of one group."""
+        return (
+            self.reward is other.reward
+            and self.prompt is other.prompt
+            and self.answer is other.answer
+            and self.metadata is other.metadata
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardResult:
@@ -31,4 +41,9 @@ class RewardResult:
     detail: JsonObject = field(default_factory=dict)
     """Whatever the reward function reported; ``{"error": ...}`` when it failed."""
     duration_s: float
-    """From hand-over to a worker to its answer; waiting for a free worker is not included."""
+    """In its worker, from beginning to answer; waiting for a worker, and for the samples before it
+    in the same frame, is not included."""
+
+
+ScoreOutcome = RewardResult | ScoringError
+"""Of one sample; the error stands where the pool itself failed."""

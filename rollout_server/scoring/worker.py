@@ -1,35 +1,35 @@
 """A scoring worker process: ``python -m rollout_server.scoring.worker <pid of the parent>``.
 
-Reads jobs from standard input, one at a time, and writes results to standard output. Imports only
-the standard library and the rewards, so that a replacement is ready within a fraction of a second.
-Ends with its parent: at the end of the pipe when idle, by a signal of the kernel when busy.
+Reads batches from standard input, one at a time, and writes an answer per sample to standard
+output, each before it begins the next one: what the pool has not heard of is what a late or dead
+worker had in hand, and what it never began. Imports only the standard library and the rewards, so
+that a replacement is ready within a fraction of a second. Ends with its parent: at the end of the
+pipe when idle, by a signal of the kernel when busy.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import math
 import os
-import signal
 import sys
+import time
 import traceback
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from rollout_server.scoring.confinement import WorkerLimits
-from rollout_server.scoring.frames import encode_frame, read_frame
+from rollout_server.scoring.confinement import WorkerLimits, end_with_parent
+from rollout_server.scoring.frames import SLICE_S, encode_frame, read_frame
 from rollout_server.scoring.registry import BUILTIN_REWARDS, RewardFunction, import_reward
 from rollout_server.scoring.signature import read_signature
 
-PR_SET_PDEATHSIG = 1
 MAX_DETAIL_BYTES = 64 * 1024
 MAX_ERROR_CHARS = 2000
 
 
 def main() -> None:
     """Serve jobs until the pool closes the pipe."""
-    _end_with_parent(int(sys.argv[1]))
+    end_with_parent(int(sys.argv[1]))
     jobs, results = _take_over_pipes()
     setup = read_frame(jobs)
     if setup is None:
@@ -52,9 +52,40 @@ def main() -> None:
             _send(results, {"failed": name, "error": _describe(exc)})
             return
     _send(results, {"signatures": signatures})
-    while (job := read_frame(jobs)) is not None:
-        limits.start_sample()
-        _send(results, run_job(functions, job))
+    while (batch := read_frame(jobs)) is not None:
+        for answer in run_batch(functions, batch, limits.start_sample):
+            _send(results, answer)
+
+
+def run_batch(
+    functions: dict[str, RewardFunction],
+    batch: dict[str, Any],
+    start_sample: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[dict[str, Any]]:
+    """Judge completions of one prompt, in order, until the slice is used up.
+
+    Args:
+        batch: ``name``, ``prompt``, ``answer``, ``completions``, and ``question``: the JSON text of
+            ``params`` and ``metadata``, parsed anew for every sample, since rewards may change
+            what they get.
+        start_sample: called before each sample.
+
+    Yields:
+        What ``run_job`` answers, with ``duration_s``, and ``last`` where no more will follow.
+    """
+    completions = batch["completions"]
+    begun_s = clock()
+    for number, completion in enumerate(completions, start=1):
+        start_sample()
+        started_s = clock()
+        question = json.loads(batch["question"])
+        answer = run_job(functions, {**batch, **question, "completion": completion})
+        ended_s = clock()
+        is_last = number == len(completions) or ended_s - begun_s >= SLICE_S
+        yield {**answer, "duration_s": ended_s - started_s, "last": is_last}
+        if is_last:
+            return
 
 
 def run_job(functions: dict[str, RewardFunction], job: dict[str, Any]) -> dict[str, Any]:
@@ -111,13 +142,6 @@ def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
     os.close(empty)
     os.dup2(2, 1)
     return jobs, results
-
-
-def _end_with_parent(parent_pid: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # not Linux: the end of the pipe remains
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:  # it died before the signal was asked for
-        sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -122,19 +122,35 @@ class WorkerProcess:
         return ended is None
 
     async def ask(self, frame: bytes) -> dict[str, Any]:
-        """Send one frame and wait for the answer. The caller sets the time limit.
+        """Send one frame and wait for one answer, as below."""
+        await self.send(frame)
+        return await self.receive()
 
-        After a cancellation the worker still owes an answer: kill it.
+    async def send(self, frame: bytes) -> None:
+        """Hand one frame over. The caller sets the time limit, and receives all the answers.
+
+        After a cancellation of either the worker still owes answers: kill it.
+
+        Raises:
+            WorkerCrashError: the process has ended.
+        """
+        stdin = self._process.stdin
+        assert stdin is not None, "started with a pipe"
+        try:
+            stdin.write(frame)
+            await stdin.drain()
+        except OSError as exc:
+            raise WorkerCrashError(await self._obituary()) from exc
+
+    async def receive(self) -> dict[str, Any]:
+        """Wait for the next answer.
 
         Raises:
             WorkerCrashError: the process ended or answered nonsense.
         """
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None, "started with a pipe"
+        stdout = self._process.stdout
         assert stdout is not None, "started with a pipe"
         try:
-            stdin.write(frame)
-            await stdin.drain()
             prefix = await stdout.readexactly(LENGTH_NUM_BYTES)
             return decode_body(await stdout.readexactly(frame_num_bytes(prefix)))
         except (OSError, EOFError) as exc:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rollout_server.scoring.confinement import WorkerLimits
 from rollout_server.scoring.frames import encode_frame
@@ -14,14 +16,13 @@ from rollout_server.scoring.worker_process import WorkerCrashError, WorkerProces
 from shared.clock import Clock
 from shared.config.server import ScoringConfig
 from shared.errors import ConfigurationError, ScoringError
-from shared.schemas.base import JsonObject
 from shared.types import NetworkAccess, RewardStatus
 
 logger = logging.getLogger(__name__)
 
 
 class WorkerSeat:
-    """Runs one job at a time. Owned by one task of the pool."""
+    """Runs one batch at a time. Owned by one task of the pool."""
 
     def __init__(self, config: ScoringConfig, clock: Clock) -> None:
         self._rewards: Mapping[str, str] = config.rewards
@@ -46,43 +47,48 @@ class WorkerSeat:
         self._worker, signatures = await WorkerProcess.start(self._rewards, self._limits)
         return signatures
 
-    async def run(self, job: ScoreJob) -> RewardResult:
-        """Judge a sample; time starts when a worker has it.
+    async def run(self, jobs: Sequence[ScoreJob], deliver: Callable[[RewardResult], None]) -> None:
+        """Judge samples that share their question, in order. Each has ``scoring.timeout_s``.
+
+        ``deliver`` gets a result for the first of them, and for as many more as the worker began
+        before its slice was used up or it was lost. Samples without a result were never begun.
 
         Raises:
             ScoringError: there is no worker and none can be started.
         """
         worker = await self._usable_worker()
-        started_s = self._clock.monotonic_s()
-        reward: float | None = None
-        detail: JsonObject
+        begun_s = self._clock.monotonic_s()
+
+        def fail(status: RewardStatus, error: str) -> None:
+            duration_s = self._clock.monotonic_s() - begun_s
+            deliver(_failed(status, error, duration_s))
+
         try:
-            frame = encode_frame(_message(job))
-            async with asyncio.timeout(self._timeout_s):
-                answer = await worker.ask(frame)
-        except ValueError as exc:
-            status, detail = RewardStatus.ERROR, {"error": f"the sample has no JSON form: {exc}"}
+            frame = encode_frame(_batch(jobs))
+        except (TypeError, ValueError, RecursionError) as exc:
+            for _ in jobs:  # text always has a form: it is what they share that has none
+                fail(RewardStatus.ERROR, f"the sample has no JSON form: {exc}")
+            return
+        is_last = False
+        try:
+            async with asyncio.timeout(self._timeout_s) as limit:
+                await worker.send(frame)
+                while not is_last:
+                    answer = await worker.receive()
+                    is_last = answer["last"]
+                    deliver(_judged(answer))
+                    # The next sample has been begun, before we heard of this one at the latest.
+                    begun_s = self._clock.monotonic_s()
+                    limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
         except TimeoutError:
             await worker.kill()
-            error = f"no result within scoring.timeout_s {self._timeout_s:g}"
-            status, detail = RewardStatus.TIMEOUT, {"error": error}
+            fail(RewardStatus.TIMEOUT, f"no result within scoring.timeout_s {self._timeout_s:g}")
         except WorkerCrashError as exc:
             await worker.kill()
-            status, detail = RewardStatus.ERROR, {"error": str(exc)}
+            fail(RewardStatus.ERROR, str(exc))
         except BaseException:
-            await worker.kill()  # it owes an answer that nobody would read
+            await worker.kill()  # it owes answers that nobody would read
             raise
-        else:
-            if "error" in answer:
-                status, detail = RewardStatus.ERROR, {"error": answer["error"]}
-            else:
-                status, detail, reward = RewardStatus.OK, answer["detail"], answer["reward"]
-        return RewardResult(
-            reward=reward,
-            status=status,
-            detail=detail,
-            duration_s=self._clock.monotonic_s() - started_s,
-        )
 
     async def refill(self) -> None:
         """Replace a lost worker now, so that the next job does not wait for it."""
@@ -110,12 +116,29 @@ class WorkerSeat:
         return self._worker
 
 
-def _message(job: ScoreJob) -> dict[str, object]:
+def _batch(jobs: Sequence[ScoreJob]) -> dict[str, object]:
+    """One frame; see ``run_batch`` for what the worker makes of it."""
+    first = jobs[0]
+    question = {"params": first.reward.params, "metadata": first.metadata}
     return {
-        "name": job.reward.name,
-        "params": job.reward.params,
-        "prompt": job.prompt,
-        "completion": job.completion,
-        "answer": job.answer,
-        "metadata": job.metadata,
+        "name": first.reward.name,
+        "prompt": first.prompt,
+        "answer": first.answer,
+        "question": json.dumps(question, allow_nan=False),
+        "completions": [job.completion for job in jobs],
     }
+
+
+def _judged(answer: Mapping[str, Any]) -> RewardResult:
+    if "error" in answer:
+        return _failed(RewardStatus.ERROR, answer["error"], answer["duration_s"])
+    return RewardResult(
+        reward=answer["reward"],
+        status=RewardStatus.OK,
+        detail=answer["detail"],
+        duration_s=answer["duration_s"],
+    )
+
+
+def _failed(status: RewardStatus, error: str, duration_s: float) -> RewardResult:
+    return RewardResult(reward=None, status=status, detail={"error": error}, duration_s=duration_s)

@@ -27,6 +27,7 @@ def security_checks(config: RunConfig, environment: Mapping[str, str]) -> list[C
         check_trainer_url(config.trainer.server_url),
         check_remote_code(config),
         check_rewards(config.scoring),
+        check_code_execution(config.scoring),
         check_ray(config.ray.address, environment),
         check_weights_directory(config),
         check_user(os.geteuid()),
@@ -128,6 +129,18 @@ def check_rewards(scoring: ScoringConfig) -> CheckResult:
         detail = f"{names} run as this user, and {', '.join(open_knobs)}: set them if they run code"
         return _warning(name, detail)
     return _ok(name, f"{names}, confined; files of this user are still theirs to read and write")
+
+
+def check_code_execution(scoring: ScoringConfig) -> CheckResult:
+    """With it, code is something that callers may send."""
+    name = "scoring.allow_code_execution"
+    if not scoring.allow_code_execution:
+        return _ok(name, "false")
+    detail = (
+        "true: whoever may ask for rollouts can run Python as this user, without network and "
+        "within limits; files of this user are its to read and delete"
+    )
+    return _warning(name, detail)
 
 
 def check_ray(address: str | None, environment: Mapping[str, str]) -> CheckResult:

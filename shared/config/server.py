@@ -137,3 +137,6 @@ class ScoringConfig(SettingsModel):
     """Address space of a worker, and of each process a reward starts; None is no limit."""
     network: NetworkAccess = NetworkAccess.ALLOW
     """``deny`` keeps workers, and what they start, from opening sockets of any kind. Linux only."""
+    allow_code_execution: bool = False
+    """Allow the reward ``code_tests``, which executes code of completions and of requests as the
+    server's user, confined."""

@@ -32,7 +32,7 @@ class DocsScorer(FakeScorer):
     """Knows the built-in rewards by name; completions of made-up engines are all alike to it."""
 
     def reward_names(self) -> list[str]:
-        return ["exact_match", "numeric_answer"]
+        return ["exact_match", "format", "length_penalty", "numeric_answer", "regex"]
 
     def validate_reward(self, spec: RewardSpec) -> None:
         if spec.name not in self.reward_names():

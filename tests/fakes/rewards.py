@@ -74,6 +74,36 @@ def order(prompt: str, completion: str, answer: str | None, metadata: Metadata, 
     return 0.0
 
 
+def obeys(prompt: str, completion: str, answer: str | None, metadata: Metadata, path: str) -> int:
+    """Note that it was called, then do what the completion begins with."""
+    with open(path, "a") as file:
+        file.write(completion + "\n")
+    command = completion.split()[0]
+    if command == "hang":
+        time.sleep(600)
+    elif command == "exit":
+        os._exit(7)
+    elif command == "raise":
+        raise RuntimeError("on purpose")
+    return len(completion)
+
+
+def meets(
+    prompt: str,
+    completion: str,
+    answer: str | None,
+    metadata: Metadata,
+    path: str,
+    num_workers: int,
+) -> int:
+    """Wait until as many workers are here; tell whose this one is. Never quick."""
+    Path(path, str(os.getpid())).touch()
+    time.sleep(0.02)
+    while len(os.listdir(path)) < num_workers:
+        time.sleep(0.01)
+    return os.getpid()
+
+
 def connects(
     prompt: str, completion: str, answer: str | None, metadata: Metadata, family: str = "AF_INET"
 ) -> float:
@@ -133,6 +163,7 @@ USER_REWARDS = {
     function.__name__: f"{__name__}:{function.__name__}"
     for function in (
         length, raises, hangs, waits, waits_with_child, exits, segfaults, prints, pid, order,
+        obeys, meets,
         connects, connects_in_child, pairs, allocates, computes, variables,
     )
 }  # fmt: skip

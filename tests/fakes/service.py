@@ -11,7 +11,7 @@ import httpx
 from rollout_server.api.app import create_app
 from rollout_server.collaborators import Tokenizer
 from rollout_server.rollouts.ledger import Ledger
-from rollout_server.scoring.types import RewardResult, ScoreJob
+from rollout_server.scoring.types import RewardResult, ScoreJob, ScoreOutcome
 from rollout_server.service import RolloutService
 from shared.api_keys import ApiKeys
 from shared.config.loading import validate_run_config
@@ -79,6 +79,15 @@ class FakeScorer:
             detail={"answer": job.answer},
             duration_s=0.001,
         )
+
+    async def score_group(self, jobs: Sequence[ScoreJob]) -> list[ScoreOutcome]:
+        return await asyncio.gather(*(self._outcome(job) for job in jobs))
+
+    async def _outcome(self, job: ScoreJob) -> ScoreOutcome:
+        try:
+            return await self.score(job)
+        except ScoringError as exc:
+            return exc
 
 
 class FakeCoordinator:

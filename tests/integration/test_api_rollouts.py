@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from rollout_server.scoring.types import RewardResult, ScoreJob
 from shared.errors import EngineError
 from shared.schemas.rollouts import (
     RolloutRequest,
@@ -137,6 +138,24 @@ async def test_a_broken_scoring_pool_costs_the_reward_and_not_the_sample() -> No
     assert sample.reward is None
     assert sample.reward_status is RewardStatus.ERROR
     assert sample.token_ids
+
+
+class BreaksSoon(FakeScorer):
+    """Judges one sample, and then the pool is broken."""
+
+    async def score(self, job: ScoreJob) -> RewardResult:
+        result = await super().score(job)
+        self.broken = True
+        return result
+
+
+async def test_a_scoring_pool_that_breaks_inside_a_group_costs_only_the_rewards_after_it() -> None:
+    async with running(fake_service(scorer=BreaksSoon())) as client:
+        response = await post(client, body(num_prompts=1))
+    samples = response.groups[0].samples
+    assert [sample.reward_status for sample in samples] == [RewardStatus.OK, RewardStatus.ERROR]
+    assert samples[1].reward_detail == {"error": "the pool is broken"}
+    assert all(sample.token_ids for sample in samples)
 
 
 async def test_too_many_pending_samples_answer_429_and_free_up_again() -> None:

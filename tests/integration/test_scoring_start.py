@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -26,6 +27,11 @@ from tests.fakes.rewards import USER_REWARDS
         ("numeric_answer", {"tolerance": "x"}, "reward.params.tolerance", "'x'"),
         ("numeric_answer", {"marker": ""}, "reward.params.marker", "empty"),
         ("numeric_answer", {"mark": "="}, "reward.params.mark", "marker"),
+        ("regex", {}, "reward.params.pattern", "required"),
+        ("regex", {"pattern": "(a"}, "reward.params.pattern", "unterminated"),
+        ("format", {"tags": ["a b"]}, "reward.params.tags", "'a b'"),
+        ("length_penalty", {"max_length": 0}, "reward.params.max_length", "below 1"),
+        ("code_tests", {}, "reward.name", "scoring.allow_code_execution is false"),
         ("length", {"factor": "2"}, "reward.params.factor", "'2'"),
         ("order", {}, "reward.params.path", "required"),
     ],
@@ -45,7 +51,9 @@ async def test_known_rewards_are_listed_and_accepted() -> None:
     pool = ScoringPool(ScoringConfig(rewards=USER_REWARDS))
     await pool.start()
     await pool.close()
-    assert pool.reward_names() == sorted([*USER_REWARDS, "exact_match", "numeric_answer"])
+    found = set(pool.reward_names()) - {"math_verify"}  # where its package is installed
+    always = {"exact_match", "format", "length_penalty", "numeric_answer", "regex"}
+    assert found == {*USER_REWARDS, *always}
     pool.validate_reward(RewardSpec(name="length", params={"factor": 2}))
     pool.validate_reward(RewardSpec(name="exact_match"))
 
@@ -69,6 +77,27 @@ async def test_a_reward_that_cannot_be_imported_stops_the_start(
     pool = ScoringPool(ScoringConfig(num_workers=2, rewards={"mine": target}))
     with pytest.raises((ConfigurationError, ScoringError), match=text):
         await pool.start()
+
+
+def test_code_is_executed_only_where_that_is_allowed() -> None:
+    spec = RewardSpec(name="code_tests", params={"tests": ["assert True"]})
+    pool = ScoringPool(ScoringConfig(allow_code_execution=True))
+    pool.validate_reward(spec)
+    assert "code_tests" in pool.reward_names()
+    with pytest.raises(InvalidRequestError, match="-1, which is not above 0") as caught:
+        pool.validate_reward(spec.model_copy(update={"params": {"timeout_s": -1}}))
+    assert caught.value.param == "reward.params.timeout_s"
+
+
+def test_a_reward_whose_package_is_missing_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    pool = ScoringPool(ScoringConfig())
+    with pytest.raises(InvalidRequestError, match=r"slipstream-rollout\[math\]") as caught:
+        pool.validate_reward(RewardSpec(name="math_verify"))
+    assert caught.value.param == "reward.name"
+    assert "math_verify" not in pool.reward_names()
 
 
 def test_a_builtin_name_cannot_be_taken() -> None:

@@ -172,6 +172,7 @@ def findings(*overrides: str, environment: dict[str, str] | None = None) -> dict
         (["model.trust_remote_code=true"], "model.trust_remote_code", "warning"),
         (["scoring.rewards={mine: 'a:b'}"], "scoring.rewards", "warning"),
         (["scoring.rewards={mine: 'a:b'}", "scoring.network=deny"], "scoring.rewards", "warning"),
+        (["scoring.allow_code_execution=true"], "scoring.allow_code_execution", "warning"),
         (["ray.address=10.0.0.4:6379"], "ray.address", "warning"),
         (["weights.shared_memory_dir=/absent"], "weights directory", "failed"),
     ],
