@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from rollout_server.engine.protocol import GeneratedSample
 from rollout_server.router.group_work import GroupWork
 from rollout_server.router.stragglers import (
     MAX_GROUPS,
@@ -60,7 +61,8 @@ def stopping(work: GroupWork) -> GroupWork:
     return work
 
 
-ABORTED = {"finish_reason": FinishReason.ABORT}
+def aborted(one: GeneratedSample) -> GeneratedSample:
+    return replace(one, finish_reason=FinishReason.ABORT)
 
 
 def test_stopped_samples_take_all_along_and_finished_ones_stay_finished() -> None:
@@ -69,8 +71,8 @@ def test_stopped_samples_take_all_along_and_finished_ones_stay_finished() -> Non
     work.note(piece, [news(1, 0, [5])])  # an old look: the engine has more by now
     stopping(work)
     finished = sample(0, [9, 9])
-    stopped = replace(sample(1, [5, 6, 7], span(3, 0, 3)), **ABORTED)
-    not_begun = replace(sample(2, []), weight_versions=[], **ABORTED)
+    stopped = aborted(sample(1, [5, 6, 7], span(3, 0, 3)))
+    not_begun = aborted(replace(sample(2, []), weight_versions=[]))
     work.take(piece, result(finished, stopped, not_begun))
     assert work.num_unfinished == 2
     work.engine_left()
@@ -102,7 +104,7 @@ def test_a_stopped_sample_that_a_late_look_shows_is_not_taken_twice() -> None:
     work = work_on(request())
     (piece,) = work.pieces()
     stopping(work)
-    stopped = replace(sample(0, [5, 6]), **ABORTED)
+    stopped = aborted(sample(0, [5, 6]))
     late_look = replace(news(0, 0, []), whole=stopped)
     work.note(piece, [late_look])
     work.take(piece, result(stopped))
@@ -114,7 +116,7 @@ def test_a_stopped_sample_that_a_late_look_shows_is_not_taken_twice() -> None:
 def test_without_a_hand_over_an_aborted_sample_is_a_result() -> None:
     work = work_on(request())
     (piece,) = work.pieces()
-    work.take(piece, result(replace(sample(0, [5]), **ABORTED)))
+    work.take(piece, result(aborted(sample(0, [5]))))
     assert work.samples()[0].finish_reason is FinishReason.ABORT
 
 
@@ -136,7 +138,7 @@ def test_an_engine_that_dies_before_it_has_stopped_leaves_what_was_known() -> No
     assert not work.may_hand_over
     (rest,) = work.pieces()
     assert rest.request.prompt_token_ids == [1, 2, 5]
-    work.take(rest, result(replace(sample(0, [6]), **ABORTED)))
+    work.take(rest, result(aborted(sample(0, [6]))))
     assert work.samples()[0].token_ids == [5, 6], "an abort of the second engine is an abort"
 
 
@@ -155,7 +157,7 @@ def test_a_stopped_group_that_nobody_wants_any_more_ends_with_all_its_tokens() -
     work = work_on(request())
     (piece,) = work.pieces()
     stopping(work)
-    work.take(piece, result(replace(sample(0, [5, 6]), **ABORTED)))
+    work.take(piece, result(aborted(sample(0, [5, 6]))))
     work.end_as_aborted()
     (ended,) = work.samples()
     assert (ended.token_ids, ended.finish_reason) == ([5, 6], FinishReason.ABORT)
