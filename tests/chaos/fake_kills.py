@@ -2,8 +2,8 @@
 
 Clients post groups all the time; some abort theirs, some go away, some set deadlines. Engines die
 at random moments and others come in their place, weight versions go up, and late samples change
-engines. Every token of every sample
-that comes back is compared with what its prompt leads to, whoever sampled it.
+engines. Every token of every sample that comes back is compared with what its prompt leads to,
+whoever sampled it.
 """
 
 from __future__ import annotations
