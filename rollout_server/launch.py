@@ -13,7 +13,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from rollout_server.draining import StopSignals, StopWish, drain
-from rollout_server.engine.cluster import leave_cluster, start_or_join_cluster
+from rollout_server.engine.cluster import (
+    draining_nodes,
+    leave_cluster,
+    start_or_join_cluster,
+)
 from rollout_server.engine.pool import RayEnginePool
 from rollout_server.http_server import http_server, serve_quietly
 from rollout_server.model_info import read_model_info, resolve_device
@@ -59,7 +63,7 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
         ray_address = start_or_join_cluster(config.ray)
         stack.callback(leave_cluster)
         files = await start_snapshot_files(config.weights)
-        pool = RayEnginePool(config, model, device)
+        pool = RayEnginePool(config, model, device, draining_nodes=draining_nodes)
         stack.push_async_callback(pool.close)
         coordinator = ObservedCoordinator(
             pool, config.weights, SystemClock(), ledger, recovered, config.model.path, files

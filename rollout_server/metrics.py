@@ -239,6 +239,17 @@ class _SourcesCollector(Collector):
             (names.LEDGER_WRITE_FAILURES, "Failed transactions.", ledger.num_write_failures),
             (names.GENERATE_RETRIES, "Groups whose engine died.", router.num_retries),
             (names.KEPT_TOKENS, "Tokens kept from dead engines.", router.num_kept_tokens),
+            (
+                names.STRAGGLERS_HANDED_OVER,
+                "Late samples that changed engines.",
+                router.stragglers.num_handed_over,
+            ),
+            (
+                names.STRAGGLER_RECOMPUTED,
+                "Tokens prefilled for those.",
+                router.stragglers.num_recomputed_tokens,
+            ),
+            (names.CIRCUIT_OPENINGS, "Engines that failed.", router.circuits.num_openings),
             (names.SCORING_RESTARTS, "Reward workers replaced.", num_restarts),
         ):
             yield CounterMetricFamily(name, text, value=value)

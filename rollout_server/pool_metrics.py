@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from shared import metrics as names
-from shared.pool_types import EngineHealth, RestartState, ScalingReason, Sickness
+from shared.pool_types import CircuitState, EngineHealth, RestartState, ScalingReason, Sickness
 from shared.schemas.engines import EnginePoolStatus, EngineStatus
 
 GAUGES: tuple[tuple[str, str, Callable[[EnginePoolStatus], float]], ...] = (
@@ -45,6 +45,13 @@ def pool_metrics(
             value = float(status.health is candidate)
             health.add_metric([status.engine_id, candidate.value], value)
     yield health
+    circuits = GaugeMetricFamily(
+        names.ENGINE_CIRCUIT, "1 for the circuit's state.", labels=names.ENGINE_CIRCUIT_LABELS
+    )
+    for status in statuses:
+        for state in CircuitState:
+            circuits.add_metric([status.engine_id, state.value], float(status.circuit is state))
+    yield circuits
     sick = CounterMetricFamily(
         names.ENGINES_GIVEN_UP, "Engines given up.", labels=names.ENGINES_GIVEN_UP_LABELS
     )

@@ -27,7 +27,9 @@ from rollout_server.rollouts.ledger_records import Forgotten
 from rollout_server.rollouts.registry import RolloutRegistry
 from rollout_server.rollouts.restoring import restore_requests
 from rollout_server.rollouts.result_store import ResultStore
+from rollout_server.router.circuit_breaker import BreakerLimits
 from rollout_server.router.router import Router
+from rollout_server.router.stragglers import StragglerLimits
 from rollout_server.status_poller import StatusPoller
 from rollout_server.tokenizer import completion_text
 from rollout_server.weight_metrics import ObservedPushes
@@ -91,6 +93,8 @@ class RolloutService:
             progress_interval_s=server.progress_interval_s,
             completion_text=partial(completion_text, tokenizer),
             kv_cache_usage=lambda engine_id: self.status_poller.kv_cache_usage(engine_id),
+            breaker=BreakerLimits.of(server.circuit_breaker),
+            stragglers=StragglerLimits.of(server.stragglers),
             on_generated=lambda facts: self.metrics.observe_generation(facts),
         )
         self.health = HealthWatch(HealthLimits.of(config.engine))
@@ -100,6 +104,7 @@ class RolloutService:
             timeout_s=config.engine.status_timeout_s,
             health=self.health,
             num_reserved=self.router.num_reserved,
+            circuit=self.router.circuits.state,
             on_tick=self._on_tick,
             wanted_since_step=lambda engine_id: self.dashboard.wanted_since_step(engine_id),
             on_speculation=lambda report: self.dashboard.observe_speculation(report),

@@ -11,6 +11,7 @@ from time import monotonic
 from rollout_server.engine.protocol import EngineHandle, EnginePool
 from rollout_server.health_watch import HealthWatch
 from shared.errors import EngineDeadError, EngineError
+from shared.pool_types import CircuitState
 from shared.schemas.engines import EngineStatus
 from shared.schemas.speculation import EngineSpeculation
 from shared.types import DrafterScheme, EngineState
@@ -35,6 +36,7 @@ class StatusPoller:
         timeout_s: float,
         health: HealthWatch,
         num_reserved: Callable[[str], int],
+        circuit: Callable[[str], CircuitState] = lambda engine_id: CircuitState.CLOSED,
         on_tick: Callable[[], None],
         wanted_since_step: Callable[[str], int] = lambda engine_id: NO_HISTORY_STEP,
         on_speculation: Callable[[EngineSpeculation], None] = lambda report: None,
@@ -42,6 +44,7 @@ class StatusPoller:
         """
         Args:
             timeout_s: ``engine.status_timeout_s``, of each question.
+            circuit: by engine id, for the records.
             health: told of every answer, and of every failure to answer in time.
             wanted_since_step: by engine id: reports carry decisions after this step.
             on_speculation: told of every report.
@@ -49,6 +52,7 @@ class StatusPoller:
         self._pool = pool
         self._interval_s = interval_s
         self._num_reserved = num_reserved
+        self._circuit = circuit
         self._on_tick = on_tick
         self._wanted_since_step = wanted_since_step
         self._on_speculation = on_speculation
@@ -164,6 +168,7 @@ class StatusPoller:
                 "error": error or last.error,
                 "num_reserved": self._num_reserved(engine_id),
                 "health": self._health.health(engine_id),
+                "circuit": self._circuit(engine_id),
             }
         )
 

@@ -51,7 +51,11 @@ DRAFT_TOKENS: Final = PREFIX + "draft_tokens_total"
 ACCEPTED_TOKENS: Final = PREFIX + "accepted_tokens_total"
 KEPT_TOKENS: Final = PREFIX + "kept_tokens_total"
 GENERATE_RETRIES: Final = PREFIX + "generate_retries_total"
-"""Groups generated afresh because the engine that held them died."""
+"""Groups generated afresh because the engine that held them died, or failed a probe."""
+STRAGGLERS_HANDED_OVER: Final = PREFIX + "straggler_handovers_total"
+"""Samples of late groups that went on on another engine."""
+STRAGGLER_RECOMPUTED: Final = PREFIX + "straggler_recomputed_tokens_total"
+"""Prompts and tokens that other engines had to prefill for them: all that it costs."""
 
 LEDGER_BYTES: Final = PREFIX + "ledger_bytes"
 """Of the file that accepted requests and finished groups are recorded in, and its log."""
@@ -117,6 +121,11 @@ DRAINING: Final = PREFIX + "draining"
 ENGINE_HEALTH: Final = PREFIX + "engine_health"
 ENGINE_HEALTH_LABELS: Final = ("engine", "health")
 """1 for the health the engine has, 0 for the others."""
+ENGINE_CIRCUIT: Final = PREFIX + "engine_circuit"
+ENGINE_CIRCUIT_LABELS: Final = ("engine", "circuit")
+"""1 for the state the engine's circuit breaker is in, 0 for the others."""
+CIRCUIT_OPENINGS: Final = PREFIX + "circuit_openings_total"
+"""Times an engine that serves failed so many groups in a row that others are preferred to it."""
 ENGINE_LABELS: Final = ("engine",)
 ENGINE_STATE: Final = PREFIX + "engine_state"
 ENGINE_STATE_LABELS: Final = ("engine", "state")

@@ -1,4 +1,4 @@
-"""Enums of engine pools: where engines are put, how they are, when they are replaced."""
+"""Enums of engines and pools: where engines are put, how they are, when they are replaced."""
 
 from enum import StrEnum
 
@@ -47,6 +47,25 @@ RESTART_TRANSITIONS: dict[RestartState, frozenset[RestartState]] = {
     RestartState.BACKING_OFF: frozenset({RestartState.READY, RestartState.QUARANTINED}),
     # Only an operator leads out of it.
     RestartState.QUARANTINED: frozenset({RestartState.READY}),
+}
+
+
+class CircuitState(StrEnum):
+    """Whether the router gives an engine groups, from how its last ones ended."""
+
+    CLOSED = "closed"
+    """It gets groups."""
+    OPEN = "open"
+    """Groups failed on it one after the other: for a while it gets none that another can take."""
+    HALF_OPEN = "half_open"
+    """That while is over, and one group tries the engine."""
+
+
+CIRCUIT_TRANSITIONS: dict[CircuitState, frozenset[CircuitState]] = {
+    CircuitState.CLOSED: frozenset({CircuitState.OPEN}),
+    # Never straight to CLOSED: something has to be tried first.
+    CircuitState.OPEN: frozenset({CircuitState.HALF_OPEN}),
+    CircuitState.HALF_OPEN: frozenset({CircuitState.CLOSED, CircuitState.OPEN}),
 }
 
 

@@ -7,10 +7,11 @@ import logging
 import os
 import secrets
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray._private.state import state as cluster_state
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
@@ -35,10 +36,12 @@ MIB = 1024 * 1024
 FREE_OBJECTS_AT_ONCE = ("RAY_free_objects_period_milliseconds", "0")
 """By default Ray 2.60 frees once a second what nobody refers to; by then many buckets of weights
 would have taken new memory in the store, where two are enough. Read by each node at its start."""
+RAY_ADDRESS_VARIABLE = "RAY_ADDRESS"
+"""Where Ray looks for the cluster that ``auto`` means."""
 MAX_CONCURRENT_CALLS = 1024
+"""Calls an engine actor runs at once; each sample group in flight is one."""
 CHOSEN_NODE_TIMEOUT_S = 10.0
 """How long an engine waits for the node it was meant for, which others may have filled."""
-"""Calls an engine actor runs at once; each sample group in flight is one."""
 
 
 def start_or_join_cluster(config: RayConfig) -> str:
@@ -48,8 +51,17 @@ def start_or_join_cluster(config: RayConfig) -> str:
         Address under which the trainer can join the same cluster.
 
     Raises:
+        ConfigurationError: ``RAY_ADDRESS`` leads to it through Ray Client (see ``RayConfig``).
         UnavailableError: the configured cluster cannot be reached.
     """
+    named = os.environ.get(RAY_ADDRESS_VARIABLE, "")
+    if config.address == "auto" and "://" in named:
+        raise ConfigurationError(
+            f"ray.address auto takes {RAY_ADDRESS_VARIABLE} {named!r}, which goes through Ray "
+            "Client. Unset it, and make this machine a node of the cluster "
+            "(ray start --address=HEAD:6379)",
+            param="ray.address",
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {
         "namespace": "slipstream",
@@ -83,6 +95,23 @@ def start_or_join_cluster(config: RayConfig) -> str:
 def leave_cluster() -> None:
     """Disconnect; a local cluster ends with it."""
     ray.shutdown()
+
+
+def draining_nodes() -> dict[str, float | None]:
+    """Nodes that Ray is about to lose, with the Unix time at which they go, None where it is not
+    known. They live, and get nothing new.
+
+    Ray 2.60 tells it by ``ray._private.state.state.get_draining_nodes`` only, which its own
+    libraries use too (Ray Train for preempted nodes).
+
+    Raises:
+        UnavailableError: the cluster's head did not answer.
+    """
+    try:
+        deadlines_ms = cluster_state.get_draining_nodes()
+    except Exception as exc:  # a private call: what it raises while the head is away, nobody says
+        raise UnavailableError(f"Ray does not tell which nodes drain: {exc!r}") from exc
+    return {node_id: ms / 1000 if ms else None for node_id, ms in deadlines_ms.items()}
 
 
 def new_actor_prefix(run_name: str) -> str:
@@ -130,9 +159,10 @@ class RayEngineHost:
             EngineError: no node had room within ``engine.placement_timeout_s``.
         """
         nodes = await asyncio.to_thread(ray.nodes)
+        draining = await asyncio.to_thread(draining_nodes)
         own_node_id = ray.get_runtime_context().get_node_id()
         # No await from the choice to its record: engines that start together see one another.
-        views = [_node_view(node) for node in nodes]
+        views = [_node_view(node, draining) for node in nodes]
         self._chosen_node_id = choose_node(
             views, self._needs, self._spec.pool, self._placed(), own_node_id
         )
@@ -227,12 +257,13 @@ def _actor_resources(
     return {"num_cpus": 0, "label_selector": needs.labels}
 
 
-def _node_view(node: dict[str, Any]) -> NodeView:
+def _node_view(node: dict[str, Any], draining: Mapping[str, float | None]) -> NodeView:
     return NodeView(
         node_id=node["NodeID"],
         is_alive=node["Alive"],
         resources=node["Resources"],
         labels=node.get("Labels") or {},
+        is_draining=node["NodeID"] in draining,
     )
 
 

@@ -47,6 +47,8 @@ class NodeView:
     resources: Mapping[str, float]
     """All there are, taken or not."""
     labels: Mapping[str, str]
+    is_draining: bool = False
+    """About to go: Ray places nothing there any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +125,7 @@ def matches(labels: Mapping[str, str], selectors: Mapping[str, str]) -> bool:
 
 
 def _has_room(node: NodeView, needs: EngineNeeds, placed: Sequence[PlacedEngine]) -> bool:
-    if not node.is_alive:
+    if not node.is_alive or node.is_draining:
         return False
     if not matches({NODE_ID_LABEL: node.node_id, **node.labels}, needs.labels):
         return False

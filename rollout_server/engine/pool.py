@@ -11,10 +11,18 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from rollout_server.engine.arguments import EngineSpec
+from rollout_server.engine.background_tasks import BackgroundTasks
+from rollout_server.engine.departures import Departures
 from rollout_server.engine.footprint_store import FootprintStore
+from rollout_server.engine.node_drains import (
+    AskDrainingNodes,
+    NodeWatch,
+    drain_time_s,
+    leaving_engines,
+)
 from rollout_server.engine.pool_plan import DRAINABLE_STATES, Member, plan
 from rollout_server.engine.pool_record import PoolRecord
 from rollout_server.engine.pooled_engine import CreateEngine, PooledEngine, find_engine
@@ -48,6 +56,7 @@ class RayEnginePool:
         model: facts of the served model.
         device: ``cpu`` or ``cuda``.
         create_engine: makes handles; Ray actors when absent.
+        draining_nodes: which nodes are about to go; nobody is asked when absent.
     """
 
     def __init__(
@@ -57,6 +66,7 @@ class RayEnginePool:
         device: str,
         create_engine: CreateEngine | None = None,
         clock: Callable[[], float] = time.monotonic,
+        draining_nodes: AskDrainingNodes | None = None,
     ) -> None:
         self._config = config
         self._model = model
@@ -68,14 +78,12 @@ class RayEnginePool:
             pool.name: PoolRecord(pool, engine.of_pool(pool)) for pool in engine.all_pools
         }
         self._handles: list[PooledEngine] = []
-        self._leaving: set[str] = set()
-        """Engines that are drained; nobody replaces them."""
-        self._ending: set[PooledEngine] = set()
-        """Engines that are being stopped: no longer ours to use, still ours to get rid of."""
+        self._draining_nodes = draining_nodes
         self._footprints = FootprintStore(config.run_dir / FOOTPRINTS_DIRECTORY)
+        self._departures = Departures(self._footprints)
         self._prepare: list[Preparation] = []
         self._ids = itertools.count()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks()
         self._wake = asyncio.Event()
         self._reconciler: asyncio.Task[None] | None = None
 
@@ -111,6 +119,9 @@ class RayEnginePool:
         """
         await asyncio.to_thread(self._footprints.clean_up)
         self._reconciler = asyncio.create_task(self._reconcile_forever(), name="engine-pool")
+        if self._draining_nodes is not None:
+            interval_s = self._config.engine.node_poll_s
+            self._tasks.spawn(NodeWatch(self._draining_nodes, interval_s, self._leave_nodes).run())
         while sum(h.state is EngineState.SERVING for h in self._handles) < self.target_count:
             reasons = [pool.restarts.last_reason for pool in self._pools.values()]
             error = next((reason for reason in reasons if reason is not None), None)
@@ -138,17 +149,16 @@ class RayEnginePool:
                 f"engine {engine_id} is {handle.state.value} and cannot be drained now: try again "
                 f"when it is serving, or remove it"
             )
-        handle.begin_drain()
-        self._spawn(self._drain(handle))
+        self._begin_drain(handle)
         self._left(handle, "drained", replace)
 
     def remove(self, engine_id: str, *, replace: bool) -> None:
         handle = find_engine(self._handles, engine_id)
         handle.condemn("it was removed by request")
-        if engine_id in self._leaving:
+        if self._departures.is_leaving(engine_id):
             return  # drained already, and no longer counted
         self._handles.remove(handle)
-        self._spawn(self._stop(handle, "removed by request"))
+        self._tasks.spawn(self._departures.stop(handle, "removed by request"))
         self._left(handle, "removed", replace)
 
     def _left(self, handle: PooledEngine, how: str, replace: bool) -> None:
@@ -160,14 +170,14 @@ class RayEnginePool:
 
     async def close(self) -> None:
         """Stop the loop, then every engine."""
-        tasks = [*self._tasks] + ([self._reconciler] if self._reconciler else [])
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._reconciler is not None:
+            self._reconciler.cancel()
+            await asyncio.gather(self._reconciler, return_exceptions=True)
+        await self._tasks.cancel()
         await asyncio.gather(
             *(
-                self._stop(handle, "server is shutting down")
-                for handle in [*self._handles, *(self._ending - {*self._handles})]
+                self._departures.stop(handle, "server is shutting down")
+                for handle in [*self._handles, *(self._departures.ending - {*self._handles})]
             ),
             return_exceptions=True,
         )
@@ -198,18 +208,31 @@ class RayEnginePool:
     def _reconcile(self) -> None:
         now_s = self._clock()
         for handle in [h for h in self._handles if h.state is EngineState.DEAD]:
-            if handle.engine_id not in self._leaving:
+            if not self._departures.is_leaving(handle.engine_id):
                 self._handles.remove(handle)
                 reason = handle.error or "dead"
                 self._pools[handle.spec.pool].lost(handle.engine_id, reason, now_s)
-                self._spawn(self._stop(handle, reason))
+                self._tasks.spawn(self._departures.stop(handle, reason))
         todo = plan(self._members(), [pool.wish(now_s) for pool in self._pools.values()])
         for name, num_missing in todo.starts.items():
             for _ in range(num_missing):
                 self._launch(self._pools[name])
         for handle in [h for h in self._handles if h.engine_id in todo.drains]:
-            handle.begin_drain()
-            self._spawn(self._drain(handle))
+            self._begin_drain(handle)
+
+    def _leave_nodes(self, draining: Mapping[str, float | None]) -> None:
+        """These nodes are about to go: their engines make room for others, elsewhere."""
+        for handle in leaving_engines(self._handles, draining):
+            timeout_s = self._config.engine.drain_timeout_s
+            within_s = drain_time_s(timeout_s, draining[handle.node_id], time.time())
+            logger.warning(
+                "engine %s is replaced: node %s is about to go; %.0f s to finish what it holds",
+                handle.engine_id,
+                handle.node_id,
+                within_s,
+            )
+            self._begin_drain(handle, within_s)
+            self._wake.set()
 
     def _launch(self, pool: PoolRecord) -> None:
         config = self._config
@@ -225,7 +248,7 @@ class RayEnginePool:
         )
         handle = self._create_engine(spec)
         self._handles.append(handle)
-        self._spawn(self._bring_up(handle))
+        self._tasks.spawn(self._bring_up(handle))
 
     def _free_index(self, pool: PoolRecord) -> int:
         """Smallest index not in use, so that a replacement takes over the cores of the dead."""
@@ -261,40 +284,15 @@ class RayEnginePool:
             )
         self._wake.set()
 
-    async def _drain(self, handle: PooledEngine) -> None:
-        """Wait for its last request, at most ``engine.drain_timeout_s``, then stop it."""
-        self._leaving.add(handle.engine_id)
-        deadline = asyncio.get_running_loop().time() + self._config.engine.drain_timeout_s
-        with contextlib.suppress(SlipstreamError):
-            while asyncio.get_running_loop().time() < deadline:
-                status = await handle.status()
-                if status.num_running_reqs + status.num_waiting_reqs == 0:
-                    break
-                await asyncio.sleep(DRAIN_POLL_S)
+    def _begin_drain(self, handle: PooledEngine, within_s: float | None = None) -> None:
+        handle.begin_drain()
+        timeout_s = self._config.engine.drain_timeout_s if within_s is None else within_s
+        self._tasks.spawn(self._drain(handle, timeout_s))
+
+    async def _drain(self, handle: PooledEngine, within_s: float) -> None:
+        await self._departures.until_idle(handle, within_s, DRAIN_POLL_S)
         if handle in self._handles:  # else it died before this began
             self._handles.remove(handle)
-        self._leaving.discard(handle.engine_id)
-        await self._stop(handle, "drained")
+        self._departures.left(handle.engine_id)
+        await self._departures.stop(handle, "drained")
         logger.info("engine %s drained and stopped", handle.engine_id)
-
-    def _stop(self, handle: PooledEngine, reason: str) -> Awaitable[None]:
-        self._ending.add(handle)
-        return self._stop_and_forget(handle, reason)
-
-    async def _stop_and_forget(self, handle: PooledEngine, reason: str) -> None:
-        await handle.stop(reason)
-        self._footprints.forget(handle.engine_id)
-        self._ending.discard(handle)
-
-    def _spawn(self, work: Awaitable[None]) -> None:
-        async def run() -> None:
-            await work
-
-        task = asyncio.create_task(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._finish)
-
-    def _finish(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("engine pool task failed", exc_info=task.exception())

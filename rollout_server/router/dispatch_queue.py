@@ -14,9 +14,18 @@ from dataclasses import dataclass
 from time import monotonic
 
 from rollout_server.engine.protocol import EngineHandle, EnginePool
+from rollout_server.router.circuit_breaker import Ticket
+from rollout_server.router.circuits import Circuits
 from rollout_server.router.sessions import SessionMap
-from rollout_server.router.strategy import Demand, EngineLoad, RouteOutcome, choose_engine
+from rollout_server.router.strategy import (
+    Demand,
+    EngineLoad,
+    RouteOutcome,
+    choose_engine,
+    choose_relief,
+)
 from shared.errors import UnavailableError
+from shared.pool_types import CircuitState
 from shared.types import EngineState
 
 LOGGER = logging.getLogger(__name__)
@@ -32,7 +41,7 @@ class _Waiter:
     num_tokens: int
     session_id: str | None
     since_s: float
-    future: asyncio.Future[EngineHandle | None]
+    future: asyncio.Future[Placement | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +56,16 @@ class Reserved:
 NOTHING = Reserved(num_samples=0, num_tokens=0)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """An engine with room reserved on it."""
+
+    handle: EngineHandle
+    reserved: Reserved
+    ticket: Ticket
+    """Tells the engine's circuit breaker what became of the group."""
+
+
 class DispatchQueue:
     """Hands engines to waiting groups and counts what each engine holds."""
 
@@ -57,9 +76,11 @@ class DispatchQueue:
         max_samples_per_engine: int,
         engine_wait_timeout_s: float,
         kv_cache_usage: Callable[[str], float] = lambda engine_id: 0.0,
+        circuits: Circuits | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._pool = pool
+        self._circuits = circuits or Circuits(None)
         self._max_samples_per_engine = max_samples_per_engine
         self._engine_wait_timeout_s = engine_wait_timeout_s
         self._kv_cache_usage = kv_cache_usage
@@ -89,9 +110,9 @@ class DispatchQueue:
 
     async def acquire(
         self, request_id: str, needed: Reserved, session_id: str | None = None
-    ) -> EngineHandle | None:
-        """Wait for an engine with room and reserve it. Whoever gets a handle must ``release`` the
-        same amount.
+    ) -> Placement | None:
+        """Wait for an engine with room and reserve it. Whoever gets a placement must ``release``
+        what it reserves, and tell its ticket.
 
         Returns:
             The engine, or None when ``withdraw`` took the request out of the queue.
@@ -99,7 +120,7 @@ class DispatchQueue:
         Raises:
             UnavailableError: no engine could take anything for ``engine_wait_timeout_s``.
         """
-        future: asyncio.Future[EngineHandle | None] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Placement | None] = asyncio.get_running_loop().create_future()
         waiter = _Waiter(
             request_id=request_id,
             num_samples=needed.num_samples,
@@ -116,12 +137,44 @@ class DispatchQueue:
             return await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled() and future.exception() is None:
-                handle = future.result()
-                if handle is not None:
-                    self.release(handle.engine_id, needed)
+                placement = future.result()
+                if placement is not None:
+                    self.give_back(placement)
             elif self._waiters.pop(request_id, None) is not None:
                 self.dispatch()
             raise
+
+    def reserve_elsewhere(self, engine_id: str, needed: Reserved) -> Placement | None:
+        """Room for samples that ``engine_id`` is late with, on an engine that holds less, at once.
+
+        Returns:
+            None when there is none, or groups wait: those come first.
+        """
+        if self._waiters:
+            return None
+        handles = {engine.engine_id: engine for engine in self._pool.engines()}
+        demand = Demand(num_samples=needed.num_samples, num_tokens=needed.num_tokens)
+        loads = [
+            self._load(handle)
+            for name, handle in handles.items()
+            # A late sample has waited enough to be nobody's probe.
+            if name == engine_id or self._circuits.state(name) is CircuitState.CLOSED
+        ]
+        chosen = choose_relief(loads, engine_id, demand, self._max_samples_per_engine)
+        return None if chosen is None else self._place(handles[chosen], needed)
+
+    def is_served_elsewhere(self, engine_id: str) -> bool:
+        """Whether another engine serves and is admitted."""
+        return any(
+            engine.state is EngineState.SERVING and self._circuits.admits(engine.engine_id)
+            for engine in self._pool.engines()
+            if engine.engine_id not in {engine_id, *self._dead}
+        )
+
+    def give_back(self, placement: Placement) -> None:
+        """It was not used."""
+        self._circuits.withdrawn(placement.ticket)
+        self.release(placement.handle.engine_id, placement.reserved)
 
     def release(self, engine_id: str, amount: Reserved) -> None:
         """Give room on ``engine_id`` back."""
@@ -162,6 +215,7 @@ class DispatchQueue:
             self._without_engine_since_s = None
             return
         handles = {engine.engine_id: engine for engine in self._pool.engines()}
+        self._circuits.keep_only(handles.keys())
         while self._waiters:
             waiter = next(iter(self._waiters.values()))
             if waiter.future.done():  # cancelled while it waited
@@ -182,14 +236,20 @@ class DispatchQueue:
             if decision.engine_id is None:
                 break
             del self._waiters[waiter.request_id]
-            held = self._reserved.get(decision.engine_id, NOTHING)
-            self._reserved[decision.engine_id] = Reserved(
-                num_samples=held.num_samples + waiter.num_samples,
-                num_tokens=held.num_tokens + waiter.num_tokens,
-            )
+            needed = Reserved(num_samples=waiter.num_samples, num_tokens=waiter.num_tokens)
             self._sessions.note(waiter.session_id, decision.engine_id)
-            waiter.future.set_result(handles[decision.engine_id])
+            waiter.future.set_result(self._place(handles[decision.engine_id], needed))
         self._wake.set()
+
+    def _place(self, handle: EngineHandle, needed: Reserved) -> Placement:
+        held = self._reserved.get(handle.engine_id, NOTHING)
+        self._reserved[handle.engine_id] = Reserved(
+            num_samples=held.num_samples + needed.num_samples,
+            num_tokens=held.num_tokens + needed.num_tokens,
+        )
+        # Now, not when the group's task has its turn: a probe is one group, and more may wait.
+        ticket = self._circuits.dispatched(handle.engine_id)
+        return Placement(handle=handle, reserved=needed, ticket=ticket)
 
     async def run(self) -> None:
         """Background loop: notice engines that come back, and fail waits that took too long."""
@@ -233,4 +293,6 @@ class DispatchQueue:
             num_reserved=self.num_reserved(handle.engine_id),
             num_reserved_tokens=self._reserved.get(handle.engine_id, NOTHING).num_tokens,
             kv_cache_usage=self._kv_cache_usage(handle.engine_id),
+            is_admitted=self._circuits.admits(handle.engine_id),
+            last_failed_s=self._circuits.last_failed_s(handle.engine_id),
         )

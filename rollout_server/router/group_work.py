@@ -12,12 +12,18 @@ before it and on the request, not on who sampled them. Where that is not so the 
 with a seed (its random stream has been used up to there), with presence or frequency penalties
 (they count sampled tokens, and the prefix would be prompt), with stop strings (one may begin in the
 prefix).
+
+A late group may also leave an engine that lives (``stragglers.py`` says when, and why that changes
+no distribution). It is ended there like an aborted one, and its aborted samples go on elsewhere::
+
+    attempt 1   a: 0 1 2 3 |end      b: 0 1 2 3 4 5 (told to stop)
+    attempt 2                        b: prompt + 0..5, n=1
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from rollout_server.engine.protocol import (
     GeneratedSample,
@@ -26,8 +32,10 @@ from rollout_server.engine.protocol import (
     KnownTokens,
     SampleProgress,
 )
-from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
-from shared.types import FinishReason, TokenOrigin
+from rollout_server.router.prefixes import Prefix, all_of, joined
+from rollout_server.router.stragglers import HANDOVER_TRANSITIONS, Handover
+from shared.schemas.rollouts import SamplingOptions
+from shared.types import FinishReason
 
 CompletionText = Callable[[list[int], list[int]], str]
 """Text of completion tokens after these prompt tokens."""
@@ -41,15 +49,6 @@ def can_continue(sampling: SamplingOptions) -> bool:
         and sampling.presence_penalty == 0
         and sampling.frequency_penalty == 0
     )
-
-
-@dataclass(kw_only=True, slots=True)
-class Prefix:
-    """What is known of an unfinished sample."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    weight_versions: list[WeightVersionSpan] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +87,12 @@ class GroupWork:
         self._gained: dict[int, Prefix] = {}
         """What is known of this attempt's own tokens."""
         self._attempt = 1
+        self._handover = Handover.NOT_YET
+
+    @property
+    def may_hand_over(self) -> bool:
+        """Whether its unfinished samples may leave the engine they are on."""
+        return self._may_continue and self._handover is Handover.NOT_YET
 
     @property
     def num_unfinished(self) -> int:
@@ -160,7 +165,8 @@ class GroupWork:
             if index in self._finished:
                 continue
             if news.whole is not None:
-                self._finish(index, news.whole)
+                if not self._goes_on(news.whole):  # else ``take`` has it all
+                    self._finish(index, news.whole)
                 continue
             gained = self._gained.setdefault(index, Prefix())
             if news.start != len(gained.token_ids):
@@ -173,15 +179,32 @@ class GroupWork:
         """The piece has come back whole."""
         for sample in result.samples:
             index = piece.sample_indices[sample.sample_index]
-            if index not in self._finished:
+            if index in self._finished:
+                continue
+            if self._goes_on(sample):
+                self._given[index] = joined(self._given[index], all_of(sample))
+                self._gained.pop(index, None)
+            else:
                 self._finish(index, sample)
+
+    def begin_handover(self) -> None:
+        """The engine is being told to stop; ``engine_left`` or ``engine_died`` follows."""
+        self._move(Handover.STOPPING)
+
+    def engine_left(self) -> None:
+        """Every piece has come back: get ready for the attempt elsewhere."""
+        self._move(Handover.DONE)
+        self._attempt += 1
+        self._gained = {}
 
     def engine_died(self) -> None:
         """Get ready for the next attempt with what is known of this one."""
+        if self._handover is Handover.STOPPING:
+            self._move(Handover.DONE)
         self._attempt += 1
         for index, gained in self._gained.items():
             if self._may_continue and index in self._given:
-                whole = _after(self._given[index], gained)
+                whole = joined(self._given[index], gained)
                 # An engine never reports a sample as running that has all its tokens; should one,
                 # the sample goes on from what it was given.
                 if len(whole.token_ids) < self._request.sampling.max_tokens:
@@ -191,7 +214,7 @@ class GroupWork:
     def end_as_aborted(self) -> None:
         """Finish what is unfinished with what there is."""
         for index, given in list(self._given.items()):
-            whole = _after(given, self._gained.get(index, Prefix()))
+            whole = joined(given, self._gained.get(index, Prefix()))
             self._finished[index] = GeneratedSample(
                 sample_index=index,
                 token_ids=whole.token_ids,
@@ -199,8 +222,8 @@ class GroupWork:
                 text=self._text(whole.token_ids),
                 finish_reason=FinishReason.ABORT,
                 weight_versions=whole.weight_versions,
-                num_draft_tokens=0,
-                num_accepted_tokens=0,
+                num_draft_tokens=whole.num_draft_tokens,
+                num_accepted_tokens=whole.num_accepted_tokens,
             )
         self._given = {}
 
@@ -217,12 +240,7 @@ class GroupWork:
     def _finish(self, index: int, sample: GeneratedSample) -> None:
         given = self._given.pop(index)
         self._gained.pop(index, None)
-        own = Prefix(
-            token_ids=sample.token_ids,
-            logprobs=sample.logprobs,
-            weight_versions=sample.weight_versions,
-        )
-        whole = _after(given, own)
+        whole = joined(given, all_of(sample))
         self._finished[index] = GeneratedSample(
             sample_index=index,
             token_ids=whole.token_ids,
@@ -230,12 +248,19 @@ class GroupWork:
             text=self._text(whole.token_ids) if given.token_ids else sample.text,
             finish_reason=sample.finish_reason,
             weight_versions=whole.weight_versions,
-            # Of the engine that finished it; those of dead ones went with them.
-            num_draft_tokens=sample.num_draft_tokens,
-            num_accepted_tokens=sample.num_accepted_tokens,
-            token_origins=sample.token_origins
-            and TokenOrigin.UNKNOWN * len(given.token_ids) + sample.token_origins,
+            num_draft_tokens=whole.num_draft_tokens,
+            num_accepted_tokens=whole.num_accepted_tokens,
+            token_origins=whole.token_origins,
         )
+
+    def _goes_on(self, sample: GeneratedSample) -> bool:
+        """Whether a sample that came back whole was only told to stop."""
+        is_stopped = sample.finish_reason is FinishReason.ABORT
+        return is_stopped and self._handover is Handover.STOPPING
+
+    def _move(self, handover: Handover) -> None:
+        assert handover in HANDOVER_TRANSITIONS[self._handover], f"{self._handover} to {handover}"
+        self._handover = handover
 
     def _text(self, token_ids: list[int]) -> str:
         if not token_ids:
@@ -251,19 +276,3 @@ def aborted_result(request: GenerateRequest) -> GenerateResult:
     work = GroupWork(request, lambda prompt, token_ids: "", may_continue=False)
     work.end_as_aborted()
     return GenerateResult(engine_id="", samples=work.samples(), generate_s=0.0)
-
-
-def _after(given: Prefix, gained: Prefix) -> Prefix:
-    """Both, one behind the other; spans of one version that meet become one."""
-    num_given = len(given.token_ids)
-    spans = list(given.weight_versions)
-    for span in gained.weight_versions:
-        start, end = span.start + num_given, span.end + num_given
-        if spans and spans[-1].version == span.version and spans[-1].end == start:
-            start = spans.pop().start
-        spans.append(WeightVersionSpan(version=span.version, start=start, end=end))
-    return Prefix(
-        token_ids=[*given.token_ids, *gained.token_ids],
-        logprobs=[*given.logprobs, *gained.logprobs],
-        weight_versions=spans,
-    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from rollout_server.engine.protocol import EngineHandle
+from rollout_server.engine.protocol import EngineHandle, GenerateRequest
+from rollout_server.router.dispatch_queue import Placement
 from rollout_server.router.group_work import GroupWork, Piece
 from shared.errors import EngineError
 from shared.logging import log_context
@@ -17,15 +18,25 @@ LOGGER = logging.getLogger(__name__)
 class LiveGroup:
     """One group between its acceptance and its answer."""
 
+    request: GenerateRequest
     work: GroupWork | None
     """None for a stream, whose tokens are gone as soon as they are sampled."""
-    handle: EngineHandle | None = None
-    """The engine that holds it now; None while it waits."""
+    placement: Placement | None = None
+    """Where it is now; None while it waits."""
+    ahead: Placement | None = None
+    """Where its samples go on that the present engine is late with."""
+    since_s: float | None = None
+    """When its first engine got it."""
     request_ids: tuple[str, ...] = ()
     """What the engine calls it."""
     pieces: list[Piece] = field(default_factory=list)
     """Of the present attempt."""
     is_aborted: bool = False
+
+    @property
+    def handle(self) -> EngineHandle | None:
+        """The engine that holds it now."""
+        return None if self.placement is None else self.placement.handle
 
 
 async def abort_on_engine(handle: EngineHandle, group: LiveGroup) -> None:

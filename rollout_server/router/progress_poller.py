@@ -19,10 +19,17 @@ class ProgressPoller:
 
     Args:
         live_groups: every group that is not answered.
+        on_tokens: told of every group that has new ones.
     """
 
-    def __init__(self, live_groups: Callable[[], Iterable[LiveGroup]], interval_s: float) -> None:
+    def __init__(
+        self,
+        live_groups: Callable[[], Iterable[LiveGroup]],
+        interval_s: float,
+        on_tokens: Callable[[LiveGroup], None] = lambda group: None,
+    ) -> None:
         self._live_groups = live_groups
+        self._on_tokens = on_tokens
         self._interval_s = interval_s
         self._questions: dict[str, asyncio.Task[None]] = {}
 
@@ -46,11 +53,13 @@ class ProgressPoller:
         for handle, groups in groups_of.items():
             if handle.engine_id not in self._questions:
                 self._questions[handle.engine_id] = asyncio.create_task(
-                    ask(handle, groups), name=f"progress {handle.engine_id}"
+                    ask(handle, groups, self._on_tokens), name=f"progress {handle.engine_id}"
                 )
 
 
-async def ask(handle: EngineHandle, groups: Iterable[LiveGroup]) -> None:
+async def ask(
+    handle: EngineHandle, groups: Iterable[LiveGroup], on_tokens: Callable[[LiveGroup], None]
+) -> None:
     """Take what the engine has of these groups into their work."""
     asked = {
         piece.request.request_id: (group, piece, group.work)
@@ -70,5 +79,7 @@ async def ask(handle: EngineHandle, groups: Iterable[LiveGroup]) -> None:
         # Answered meanwhile, or already with another engine?
         if any(piece is current for current in group.pieces):
             work.note(piece, news)
+            if news:
+                on_tokens(group)
             if work.has_enough and work.num_unfinished:
                 await abort_on_engine(handle, group)

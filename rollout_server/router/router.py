@@ -1,4 +1,5 @@
-"""Runs one group on one engine: reserve, dispatch, release, and the rest of it when that dies.
+"""Runs one group on one engine: reserve, dispatch, release; the rest of it elsewhere when that dies
+or is late with it.
 
 Called by ``rollout_server/rollouts`` and the OpenAI-compatible routes; owns the dispatch queue and
 the book of live requests.
@@ -8,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -21,13 +22,19 @@ from rollout_server.engine.protocol import (
     GenerateResult,
 )
 from rollout_server.router.accounting import SampleAccounts
-from rollout_server.router.dispatch_queue import DispatchQueue, Reserved
+from rollout_server.router.circuit_breaker import BreakerLimits
+from rollout_server.router.circuits import Circuits
+from rollout_server.router.dispatch_queue import DispatchQueue
 from rollout_server.router.generation_facts import GenerationFacts, StreamTimer
-from rollout_server.router.group_work import CompletionText, GroupWork, Piece
+from rollout_server.router.group_attempt import attempt_group
+from rollout_server.router.group_work import CompletionText, GroupWork
 from rollout_server.router.live_group import LiveGroup, abort_on_engine
 from rollout_server.router.progress_poller import ProgressPoller
+from rollout_server.router.reservations import Reservations
+from rollout_server.router.straggler_watch import StragglerWatch
+from rollout_server.router.stragglers import StragglerLimits
 from rollout_server.tracing import now_ns, record_spans
-from shared.errors import EngineDeadError, UnavailableError
+from shared.errors import EngineDeadError, EngineError, UnavailableError
 from shared.logging import log_context
 
 LOGGER = logging.getLogger(__name__)
@@ -60,6 +67,8 @@ class Router:
         progress_interval_s: float = 1.0,
         completion_text: CompletionText = lambda prompt, token_ids: "",
         kv_cache_usage: Callable[[str], float] = lambda engine_id: 0.0,
+        breaker: BreakerLimits | None = None,
+        stragglers: StragglerLimits | None = None,
         on_generated: Callable[[GenerationFacts], None] = lambda facts: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
@@ -73,20 +82,27 @@ class Router:
         self._on_generated = on_generated
         self._clock = clock
         self._live: dict[str, LiveGroup] = {}
+        self.circuits = Circuits(breaker, clock)
         self._queue = DispatchQueue(
             pool,
             max_samples_per_engine=max_samples_per_engine,
             engine_wait_timeout_s=engine_wait_timeout_s,
             kv_cache_usage=kv_cache_usage,
+            circuits=self.circuits,
             clock=clock,
         )
-        self._progress = ProgressPoller(self._live.values, progress_interval_s)
+        self._reservations = Reservations(self._queue, self.circuits, clock)
+        self._progress = ProgressPoller(self._live.values, progress_interval_s, self._has_tokens)
+        self.stragglers = StragglerWatch(
+            stragglers, self._queue, self._live.values, progress_interval_s, clock
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start the background loops."""
         self._tasks.append(asyncio.create_task(self._queue.run(), name="router-queue"))
         self._tasks.append(asyncio.create_task(self._progress.run(), name="router-progress"))
+        self._tasks.append(asyncio.create_task(self.stragglers.run(), name="router-stragglers"))
 
     async def close(self) -> None:
         """Fail what waits and stop. Running groups are their callers' to end. Idempotent."""
@@ -117,7 +133,8 @@ class Router:
     async def generate(
         self, request: GenerateRequest, *, num_wanted: int | None = None
     ) -> RoutedResult:
-        """All samples of one prompt, from one engine; the rest of them from another when it dies.
+        """All samples of one prompt, from one engine; the rest of them from another when it dies,
+        or when it is late with them and the router may move them.
 
         An aborted request returns what there is; samples that never started are empty.
 
@@ -137,65 +154,65 @@ class Router:
             num_wanted=num_wanted,
         )
         with self._registered(request, work) as live:
-            for attempt in range(1, self._max_attempts + 1):
-                async with self._reserved(request, work.num_unfinished, live) as handle:
+            attempt = 1
+            while True:
+                async with self._reservations.hold(live, work.num_unfinished) as handle:
                     queue_s = self._clock() - accepted_s
+                    last = NOTHING
                     if handle is None:
                         work.end_as_aborted()
-                        last = NOTHING
                     else:
                         try:
-                            last = await self._attempt(handle, work, live)
-                        except EngineDeadError as exc:
-                            work.engine_died()
-                            self._note_death(handle, request, attempt, exc)
-                            self.num_kept_tokens += work.num_kept_tokens
-                            if live.is_aborted or work.has_enough:
-                                work.end_as_aborted()
-                            elif work.num_unfinished:
-                                if attempt == self._max_attempts:
-                                    raise
+                            last = await attempt_group(handle, work, live)
+                        except EngineError as exc:
+                            self._start_over(handle, live, work, attempt, exc)
+                            if work.num_unfinished:
+                                attempt += 1
                                 self.num_retries += 1
                                 continue
                             last = replace(NOTHING, engine_id=handle.engine_id)
                         else:
+                            if work.num_unfinished and not self._settled(live, work):
+                                work.engine_left()
+                                self.stragglers.group_left(work)
+                                continue
                             self._report(GenerationFacts.of(last, queue_s), accepted_ns)
+                            self.stragglers.group_finished(live)
                     result = replace(last, samples=work.samples())
                     return RoutedResult(result=result, queue_s=queue_s, num_attempts=attempt)
-        raise AssertionError("max_attempts is at least 1")
 
-    async def _attempt(
-        self, handle: EngineHandle, work: GroupWork, live: LiveGroup
-    ) -> GenerateResult:
-        """Everything that is unfinished, on one engine. The result of what took longest.
+    def _start_over(
+        self,
+        handle: EngineHandle,
+        live: LiveGroup,
+        work: GroupWork,
+        attempt: int,
+        exc: EngineError,
+    ) -> None:
+        """Get a group ready for another engine; nothing is unfinished if it needs none.
 
         Raises:
-            EngineDeadError: of what had come back before, nothing is lost.
-            EngineError: the engine failed on one of the requests.
+            EngineError: it must not be tried again.
         """
-        live.pieces = work.pieces()
-        live.request_ids = tuple(piece.request.request_id for piece in live.pieces)
+        if isinstance(exc, EngineDeadError):
+            self._note_death(handle, live.request, attempt, exc)
+        elif not self._reservations.probe_failed(live, exc):
+            raise exc
+        work.engine_died()
+        self.num_kept_tokens += work.num_kept_tokens
+        if not self._settled(live, work) and work.num_unfinished and attempt == self._max_attempts:
+            raise exc
 
-        async def run(piece: Piece) -> GenerateResult:
-            result = await handle.generate(piece.request)
-            work.take(piece, result)
-            return result
+    def _settled(self, live: LiveGroup, work: GroupWork) -> bool:
+        """Whether nobody wants what is unfinished; it ends with what there is."""
+        if live.is_aborted or work.has_enough:
+            work.end_as_aborted()
+            return True
+        return False
 
-        try:
-            with log_context(engine_id=handle.engine_id):
-                outcomes = await asyncio.gather(*map(run, live.pieces), return_exceptions=True)
-        except asyncio.CancelledError:
-            # Nobody wants the answer any more: stop the engine working on it.
-            await abort_on_engine(handle, live)
-            raise
-        finally:
-            live.pieces = []
-        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-        if errors:
-            # An error of the request itself will not be better on another engine.
-            raise min(errors, key=lambda error: isinstance(error, EngineDeadError))
-        results = [outcome for outcome in outcomes if isinstance(outcome, GenerateResult)]
-        return max(results, key=lambda result: result.generate_s)
+    def _has_tokens(self, live: LiveGroup) -> None:
+        if live.placement is not None:
+            self.circuits.progressed(live.placement.ticket)
 
     async def generate_stream(
         self, request: GenerateRequest
@@ -213,7 +230,7 @@ class Router:
         with self._registered(request, None) as live:
             live.request_ids = (request.request_id,)
             for attempt in range(1, self._max_attempts + 1):
-                async with self._reserved(request, request.n, live) as handle:
+                async with self._reservations.hold(live, request.n) as handle:
                     if handle is None:
                         return
                     started = False
@@ -222,6 +239,8 @@ class Router:
                     timer = StreamTimer(self._clock)
                     try:
                         async for delta in handle.generate_stream(request):
+                            if not started:
+                                self._has_tokens(live)
                             started = True
                             timer.note(delta)
                             yield delta
@@ -254,33 +273,13 @@ class Router:
     @contextmanager
     def _registered(self, request: GenerateRequest, work: GroupWork | None) -> Iterator[LiveGroup]:
         assert request.request_id not in self._live, f"{request.request_id} is already live"
-        live = LiveGroup(work=work)
+        live = LiveGroup(request=request, work=work)
         self._live[request.request_id] = live
         try:
             yield live
         finally:
+            self._reservations.drop_ahead(live)
             del self._live[request.request_id]
-
-    @asynccontextmanager
-    async def _reserved(
-        self, request: GenerateRequest, num_samples: int, live: LiveGroup
-    ) -> AsyncIterator[EngineHandle | None]:
-        """Yields an engine with the samples reserved on it, or None for an aborted request."""
-        num_tokens = len(request.prompt_token_ids) + num_samples * request.sampling.max_tokens
-        needed = Reserved(num_samples=num_samples, num_tokens=num_tokens)
-        handle = None
-        if not live.is_aborted:
-            handle = await self._queue.acquire(request.request_id, needed, request.session_id)
-        if handle is None:
-            yield None
-            return
-        live.handle = handle
-        try:
-            # An abort may have come between the reservation and this task's turn.
-            yield None if live.is_aborted else handle
-        finally:
-            live.handle = None
-            self._queue.release(handle.engine_id, needed)
 
     def _note_death(
         self, handle: EngineHandle, request: GenerateRequest, attempt: int, exc: EngineDeadError

@@ -10,6 +10,13 @@ samples per engine and a group of 4 to place::
     a SYNCING 0 reserved, b SERVING 7 reserved  -> wait for room on b: a would only hold it up
     a SYNCING 0 reserved, b DEAD                -> a   (it goes on by itself after the commit)
     a STARTING, b DEAD                          -> wait for an engine
+    a SERVING 0 reserved, not admitted, b SERVING 6 reserved   -> wait for room on b
+    a SERVING not admitted, b the same, which failed later     -> a
+
+An engine is not admitted while its circuit is open (``circuit_breaker.py``): what it was given
+lately has failed. Where that is so of every engine, the one whose failure is longest ago is tried:
+a request that is refused has failed for sure, while the breaker only guesses, and when all engines
+fail at one time the requests may be the reason, which must not shut the server off.
 
 A session goes back to the engine of its last turn, which has the conversation in its prefix cache,
 unless that would cost more waiting than prefill (``keeps_session``).
@@ -55,6 +62,10 @@ class EngineLoad:
     """What those may still come to, prompts included."""
     kv_cache_usage: float
     """Fraction 0..1, as of the last status poll; full engines come last, and it breaks ties."""
+    is_admitted: bool = True
+    """False while its circuit is open, or its one probe is out."""
+    last_failed_s: float = float("-inf")
+    """When a group last failed on it; of any clock."""
 
 
 class RouteOutcome(StrEnum):
@@ -93,14 +104,18 @@ def choose_engine(
         candidates = [load for load in loads if load.state in READY_STATES]
     if not candidates:
         return RouteDecision(outcome=RouteOutcome.WAIT_FOR_ENGINE)
+    admitted = [load for load in candidates if load.is_admitted]
     with_room = [
         load
-        for load in candidates
+        for load in admitted or candidates
         if load.num_reserved == 0
         or load.num_reserved + demand.num_samples <= max_samples_per_engine
     ]
     if not with_room:
         return RouteDecision(outcome=RouteOutcome.WAIT_FOR_ROOM)
+    if not admitted:
+        longest_ago = min(with_room, key=lambda load: load.last_failed_s)
+        return RouteDecision(outcome=RouteOutcome.PLACE, engine_id=longest_ago.engine_id)
     lightest = min(
         with_room,
         key=lambda load: (
@@ -113,6 +128,27 @@ def choose_engine(
         if load.engine_id == demand.session_engine_id and keeps_session(load, lightest, demand):
             return RouteDecision(outcome=RouteOutcome.PLACE, engine_id=load.engine_id)
     return RouteDecision(outcome=RouteOutcome.PLACE, engine_id=lightest.engine_id)
+
+
+def choose_relief(
+    loads: Sequence[EngineLoad], own_engine_id: str, demand: Demand, max_samples_per_engine: int
+) -> str | None:
+    """The engine that late samples of ``own_engine_id`` are handed over to; None to leave them.
+
+    It has to serve, to have KV to spare, and to hold at most half of the samples: with less between
+    them the samples would pay a prefill for a place that is as crowded.
+    """
+    num_own = sum(load.num_reserved for load in loads if load.engine_id == own_engine_id)
+    lighter = [
+        load
+        for load in loads
+        if load.engine_id != own_engine_id
+        and load.state is EngineState.SERVING
+        and load.is_admitted
+        and load.kv_cache_usage < KV_FULL
+        and 2 * load.num_reserved <= num_own
+    ]
+    return choose_engine(lighter, demand, max_samples_per_engine).engine_id
 
 
 def keeps_session(own: EngineLoad, lightest: EngineLoad, demand: Demand) -> bool:

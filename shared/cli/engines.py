@@ -20,7 +20,7 @@ from shared.cli.options import (
 )
 from shared.cli.output import print_json, print_table
 from shared.errors import UnavailableError
-from shared.pool_types import EngineHealth, RestartState
+from shared.pool_types import CircuitState, EngineHealth, RestartState
 from shared.progress import ProgressBar
 from shared.schemas.engines import (
     EnginesResponse,
@@ -214,6 +214,9 @@ def _name(engine: EngineStatus, answer: EnginesResponse) -> str:
 
 
 def _state(engine: EngineStatus) -> str:
-    if engine.health is EngineHealth.HEALTHY:
-        return engine.state.value
-    return f"{engine.state.value}, {engine.health.value}"
+    words = [engine.state.value]
+    if engine.health is not EngineHealth.HEALTHY:
+        words.append(engine.health.value)
+    if engine.circuit is not CircuitState.CLOSED:
+        words.append(f"circuit {engine.circuit.value}")
+    return ", ".join(words)

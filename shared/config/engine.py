@@ -73,6 +73,9 @@ class EngineConfig(SettingsModel):
     """Longest a group may take on an engine before it is aborted."""
     drain_timeout_s: float = Field(default=120.0, gt=0)
     """How long an engine that goes may finish what it has."""
+    node_poll_s: float = Field(default=2.0, gt=0)
+    """How often Ray is asked which nodes it is about to lose; engines on them are drained and
+    replaced elsewhere."""
     placement_timeout_s: float = Field(default=300.0, gt=0)
     """How long an engine may wait for a node with room, one that an autoscaling cluster still has
     to start included."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.config.base import SettingsModel
+from shared.config.routing import CircuitBreakerConfig, StragglersConfig
 from shared.types import DeadEnginePolicy, NetworkAccess
 
 
@@ -88,6 +89,8 @@ class ServerConfig(SettingsModel):
     """Engines a group is tried on when engines die under it."""
     dead_engine_policy: DeadEnginePolicy = DeadEnginePolicy.CONTINUE
     """What becomes of the unfinished samples of an engine that dies."""
+    circuit_breaker: CircuitBreakerConfig = CircuitBreakerConfig()
+    stragglers: StragglersConfig = StragglersConfig()
     progress_interval_s: float = Field(default=1.0, gt=0)
     """How often engines are asked what they have sampled; more than that is not lost with one."""
     dispatch_depth: int = Field(default=2, ge=1)
@@ -109,16 +112,39 @@ class ServerConfig(SettingsModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def late_samples_can_go_on_elsewhere(self) -> Self:
+        policy = self.dead_engine_policy
+        if self.stragglers.enabled and policy is not DeadEnginePolicy.CONTINUE:
+            raise ValueError(
+                "server.stragglers.enabled true needs server.dead_engine_policy continue, not "
+                f"{policy.value}: a late sample that starts over would be sampled twice"
+            )
+        return self
+
 
 class RayConfig(SettingsModel):
     """The Ray cluster that hosts engines and trainer."""
 
     address: str | None = None
-    """Cluster to join (``auto``, ``host:port``, ``ray://...``); absent starts a local one."""
+    """Cluster to join (``auto``, ``host:port`` of its head); absent starts a local one. This
+    machine has to be a node of it: ``ray://`` addresses are refused."""
     num_cpus: int | None = Field(default=None, ge=1)
     """Logical CPUs of a local cluster; the machine's when absent."""
     object_store_mib: int = Field(default=256, ge=80)
     """Object store of a local cluster."""
+
+    @field_validator("address")
+    @classmethod
+    def not_through_ray_client(cls, address: str | None) -> str | None:
+        if address is not None and "://" in address:
+            raise ValueError(
+                f"ray.address {address!r} goes through Ray Client, which passes calls on from a "
+                "machine outside of the cluster. It cannot stream from actors, and weights are "
+                "handed over in files and memory of the node one runs on. Make this machine a node "
+                "(ray start --address=HEAD:6379) and set ray.address to HEAD:6379 or auto"
+            )
+        return address
 
 
 class ScoringConfig(SettingsModel):

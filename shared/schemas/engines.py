@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from shared.config.pools import DEFAULT_POOL
-from shared.pool_types import EngineHealth, RestartState
+from shared.pool_types import CircuitState, EngineHealth, RestartState
 from shared.schemas.base import WireModel
 from shared.types import DrafterScheme, EngineState, PauseMode
 
@@ -20,6 +20,8 @@ class EngineStatus(WireModel):
     state: EngineState
     health: EngineHealth = EngineHealth.HEALTHY
     """Whether it makes progress, as far as its last answers tell."""
+    circuit: CircuitState = CircuitState.CLOSED
+    """Whether the router gives it groups, from how its last ones ended."""
     error: str | None = None
     """Why the engine is dead, if it is."""
     pid: int | None

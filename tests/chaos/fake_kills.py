@@ -1,8 +1,9 @@
 """Engines in memory die by the thousand under real routes, and every answer is checked.
 
 Clients post groups all the time; some abort theirs, some go away, some set deadlines. Engines die
-at random moments and others come in their place, weight versions go up. Every token of every sample
-that comes back is compared with what its prompt leads to, whoever sampled it.
+at random moments and others come in their place, weight versions go up, and late samples change
+engines. Every token of every sample that comes back is compared with what its prompt leads to,
+whoever sampled it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class FakeKillCounts:
     """By how they were to end."""
     checked_samples: int = 0
     kept_tokens: int = 0
+    handed_over: int = 0
     lost: int = 0
     duplicated: int = 0
     mixed_version: int = 0
@@ -63,7 +65,11 @@ class FakeKillRun:
         """Until so many engines have died."""
         service = fake_service(
             pool=self._pool,
-            server={"progress_interval_s": 0.003, "max_generate_attempts": 1000},
+            server={
+                "progress_interval_s": 0.003,
+                "max_generate_attempts": 1000,
+                "stragglers": {"enabled": True, "patience": 1.0, "max_samples": 3},
+            },
             max_num_seqs=16,
         )
         async with running(service) as client:
@@ -76,6 +82,7 @@ class FakeKillRun:
             self._is_over = True
             await asyncio.gather(*clients)
             self.counts.kept_tokens = service.router.num_kept_tokens
+            self.counts.handed_over = service.router.stragglers.num_handed_over
             accounts = service.router.accounts
             delivered = sum(
                 accounts_part for accounts_part in (accounts.num_delivered, accounts.num_cancelled)

@@ -21,3 +21,4 @@ async def test_every_sample_comes_back_once_and_whole(seed: int) -> None:
     assert counts.checked_samples > NUM_KILLS
     assert len(counts.requests) == 5
     assert counts.kept_tokens > NUM_KILLS
+    assert counts.handed_over > 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from time import monotonic
 
 from rollout_server.engine.protocol import GenerateRequest
+from rollout_server.router.circuit_breaker import BreakerLimits
 from rollout_server.router.dispatch_queue import Reserved
 from rollout_server.router.router import RoutedResult, Router
+from rollout_server.router.stragglers import StragglerLimits
 from shared.schemas.rollouts import SamplingOptions
 from tests.fakes.engine import FakeEngine
 from tests.fakes.pool import FakePool
@@ -30,6 +33,9 @@ async def router_over(
     engine_wait_timeout_s: float = 60.0,
     max_attempts: int = 3,
     may_continue: bool = True,
+    breaker: BreakerLimits | None = None,
+    stragglers: StragglerLimits | None = None,
+    clock: Callable[[], float] = monotonic,
 ) -> AsyncIterator[tuple[Router, FakePool]]:
     pool = FakePool(engines)
     router = Router(
@@ -40,6 +46,9 @@ async def router_over(
         max_attempts=max_attempts,
         may_continue=may_continue,
         progress_interval_s=0.01,
+        breaker=breaker,
+        stragglers=stragglers,
+        clock=clock,
     )
     await router.start()
     try:

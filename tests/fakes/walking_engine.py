@@ -85,6 +85,8 @@ class WalkingEngine(FakeEngine):
     """One token per sample and ``step_s``; samples of a group end at different times."""
 
     step_s: float = 0.001
+    stalls_after: int | None = None
+    """Steps of a group after which it makes no more tokens of it, though it answers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,6 +107,8 @@ class WalkingEngine(FakeEngine):
                 await asyncio.sleep(self.step_s)
                 await self.unblocked.wait()
                 self._raise_if_failing()
+                if num_steps == self.stalls_after:
+                    continue
                 num_steps += 1
                 for index, walk in enumerate(walks):
                     if num_steps > index:  # they begin one after the other

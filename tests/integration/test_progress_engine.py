@@ -82,6 +82,35 @@ async def test_going_on_behind_what_is_known_makes_the_same_tokens(
         assert (span.start, span.end) == (0, 300)
 
 
+async def test_samples_that_are_told_to_stop_go_on_elsewhere_with_all_they_had(
+    engine: EngineActor, tiny_model: Path
+) -> None:
+    await speculate(engine, 3)
+    prompt = random_prompts(1, seed=33)[0]
+    request = group("late", prompt, 2, greedy(300))
+    work = GroupWork(request, lambda prompt, ids: "", may_continue=True)
+    (piece,) = work.pieces()
+    running = asyncio.create_task(engine.generate(request))
+    await progressed(engine, running, work, 20)
+    assert not running.done(), "it was too short to be stopped"
+    work.begin_handover()
+    await engine.abort(request.request_id)
+    stopped = await running
+    work.take(piece, stopped)
+    work.engine_left()
+    rests = work.pieces()
+    had = [sample.token_ids for sample in stopped.samples]
+    assert [rest.request.prompt_token_ids for rest in rests] == [[*prompt, *ids] for ids in had]
+    for rest in rests:
+        work.take(rest, await engine.generate(rest.request))
+    (expected,) = greedy_reference(tiny_model, [prompt], 300)
+    for sample in work.samples():
+        assert sample.token_ids == expected
+        assert len(sample.logprobs) == 300
+        (span,) = sample.weight_versions
+        assert (span.start, span.end) == (0, 300)
+
+
 async def test_requests_that_are_over_or_unknown_have_no_news(engine: EngineActor) -> None:
     request = group("over", [1, 2, 3], 1, greedy(4))
     await engine.generate(request)

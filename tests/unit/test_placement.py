@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -104,6 +105,12 @@ def test_an_engine_that_fits_nowhere_waits() -> None:
     nodes = [node("n1", GPU=2), node("n2", GPU=2), dead]
     assert choose_node(nodes, needs(GPU=4), "a", [], "n1") is None, "ranks stay on one node"
     assert choose_node(nodes, needs(GPU=2), "a", [placed("n2", GPU=1)], "n2") == "n1"
+
+
+def test_nodes_that_are_about_to_go_get_no_engine() -> None:
+    going = replace(node("n1", GPU=4), is_draining=True)
+    assert choose_node([going, node("n2", GPU=4)], needs(GPU=4), "a", [], "n1") == "n2"
+    assert choose_node([going], needs(GPU=4), "a", [], "n1") is None
 
 
 def test_fractions_that_add_up_to_what_there_is_fit() -> None:
