@@ -90,7 +90,8 @@ def remove_footprint(footprint: Footprint) -> None:
         if _is_reused(pid, create_time):
             continue
         for leftover in SHARED_MEMORY.glob(OPENMP_FILE.format(pid=pid)):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's, of another container
+                leftover.unlink(missing_ok=True)
 
 
 def _is_reused(pid: int, create_time: float) -> bool:
