@@ -133,6 +133,15 @@ def sweep_dead_engines(directory: Path = SHARED_MEMORY) -> list[str]:
     return removed
 
 
+def remove_own_traces(_actor: object = None, directory: Path = SHARED_MEMORY) -> None:
+    """Runs inside an actor that has shut down and is killed next, which OpenMP does not survive to
+    remove its file."""
+    for path in directory.glob(OPENMP_FILE.format(pid=os.getpid())):
+        if _is_own_file(path):
+            path.unlink(missing_ok=True)
+    FootprintRecord(directory).remove()
+
+
 def _own() -> _Recorded:
     footprint = own_footprint()
     starts = ((pid, process_start_ticks(pid)) for pid, _ in footprint.processes)

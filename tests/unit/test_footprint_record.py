@@ -19,6 +19,7 @@ import pytest
 from rollout_server.engine.footprint_record import (
     NAME_PREFIX,
     FootprintRecord,
+    remove_own_traces,
     sweep_dead_engines,
 )
 from shared.process_identity import pid_namespace, process_start_ticks
@@ -228,6 +229,15 @@ def test_a_process_with_an_openmp_file_of_its_own_stays_on_record(tmp_path: Path
     record.write()
     record.remove()
     assert os.getpid() in recorded_pids(tmp_path)
+
+
+def test_an_actor_that_is_killed_next_leaves_neither_record_nor_registration(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / f"__KMP_REGISTERED_LIB_{os.getpid()}_{os.getuid()}").touch()
+    FootprintRecord(tmp_path).write()
+    remove_own_traces(None, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_written_is_no_reason_to_fail(tmp_path: Path) -> None:
