@@ -18,6 +18,7 @@ from rollout_server.engine.cluster import (
     leave_cluster,
     start_or_join_cluster,
 )
+from rollout_server.engine.footprint_record import sweep_dead_engines
 from rollout_server.engine.pool import RayEnginePool
 from rollout_server.http_server import http_server, serve_quietly
 from rollout_server.model_info import read_model_info, resolve_device
@@ -60,6 +61,9 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
         )
         rollout_ledger = await _open_rollout_ledger(config)
         stack.push_async_callback(rollout_ledger.close)
+        await asyncio.to_thread(sweep_dead_engines)
+        # Once more after Ray has gone, and with it engines that were killed while they started.
+        stack.push_async_callback(asyncio.to_thread, sweep_dead_engines)
         ray_address = start_or_join_cluster(config.ray)
         stack.callback(leave_cluster)
         files = await start_snapshot_files(config.weights)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import xxhash
 
+from shared.process_identity import boot_id, pid_namespace, process_start_ticks
 from shared.safetensors_file import (
     DTYPE_NUM_BYTES,
     TensorSpan,
@@ -63,8 +64,8 @@ def segment_name(pid: int, version: int, kind: SegmentKind = SegmentKind.TRAINER
     start time tells a reused pid from the owner, the namespace another container's pids from ours,
     the boot another host's. They are left out where the process cannot be looked up.
     """
-    start = _process_start_ticks(pid)
-    owner = str(pid) if start is None else f"{pid}.{start}.{_pid_namespace()}.{_boot()}"
+    start = process_start_ticks(pid)
+    owner = str(pid) if start is None else f"{pid}.{start}.{pid_namespace()}.{boot_id()}"
     return f"slipstream-{kind.value}-{owner}-v{version}.safetensors"
 
 
@@ -125,35 +126,10 @@ def _is_alive(owner: re.Match[str]) -> bool:
     """Whether the owner lives, or cannot be seen from here."""
     pid, start = owner["pid"], owner["start"]
     if start is not None and (
-        owner["boot"] != _boot() or int(owner["namespace"]) != _pid_namespace()
+        owner["boot"] != boot_id() or int(owner["namespace"]) != pid_namespace()
     ):
         return True
-    found = _process_start_ticks(int(pid))
+    found = process_start_ticks(int(pid))
     if found is None:
         return Path(f"/proc/{pid}").exists()
     return start is None or int(start) == found
-
-
-def _process_start_ticks(pid: int) -> int | None:
-    """Start of a process in clock ticks since boot: with the pid, unique until the next boot."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The second field is the command in parentheses and may itself hold spaces and parentheses.
-    return int(fields.rpartition(")")[2].split()[19])
-
-
-def _pid_namespace() -> int:
-    try:
-        return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return 0
-
-
-def _boot() -> str:
-    """Tells this boot of this host from any other: the head of the kernel's boot id."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text()[:8]
-    except OSError:
-        return "0"

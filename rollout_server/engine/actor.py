@@ -19,6 +19,7 @@ from rollout_server.engine.calibration_key import calibration_key
 from rollout_server.engine.calibration_run import calibrate_itself
 from rollout_server.engine.facts import EngineFacts
 from rollout_server.engine.footprint import Footprint, own_footprint
+from rollout_server.engine.footprint_record import FootprintRecord, sweep_dead_engines
 from rollout_server.engine.outputs import (
     generate_timings,
     sampling_arguments,
@@ -59,6 +60,7 @@ class EngineActor:
         self._spec = spec
         self._llm: Any = None
         self._weights = WeightLoading(spec)
+        self._record = FootprintRecord()
 
     async def start(self) -> EngineFacts:
         """Load the model, build the drafter, warm up.
@@ -66,14 +68,19 @@ class EngineActor:
         Raises:
             EngineError: with vLLM's reason.
         """
+        # Here as well as in the server: no server of ours may ever run on this node.
+        await asyncio.to_thread(sweep_dead_engines)
+        self._record.write()  # before vLLM is imported, and OpenMP with it
+
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         started = time.perf_counter()
         try:
             arguments = AsyncEngineArgs(**vllm_arguments(self._spec))
-            # Building blocks for seconds: off the event loop, so that the actor stays reachable.
-            self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+            with self._record.kept_up():
+                # Building blocks for seconds: off the event loop: the actor stays reachable.
+                self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
             await self._core("slipstream_set_weight_versions", 0, 0)
             await self._warm_up()
             drafters = await self._llm.collective_rpc("slipstream_drafter")
@@ -284,6 +291,7 @@ class EngineActor:
             # On the event loop: vLLM cancels its output handler, which lives there, first.
             self._llm.shutdown()
             self._llm = None
+        self._record.remove()
 
     async def _core(self, method: str, *args: Any) -> Any:
         return await self._running().engine_core.call_utility_async(method, *args)

@@ -11,6 +11,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from rollout_server.engine.fence import Fence, FencedOffError
 from rollout_server.engine.footprint import Footprint, merged
+from rollout_server.engine.footprint_record import remove_own_traces
 from rollout_server.engine.lifecycle import EngineLifecycle
 from shared.errors import EngineDeadError, EngineError, SlipstreamError
 from shared.types import EngineState
@@ -93,6 +94,10 @@ async def end_actor(actor: Any, footprint: Footprint | None) -> Footprint | None
         )
         footprint = merged(footprint, latest)
         await asyncio.wait_for(_awaited(actor.shutdown.remote()), SHUTDOWN_TIMEOUT_S)
+        # On its own host, which may not be ours: what follows is a kill.
+        await asyncio.wait_for(
+            _awaited(actor.__ray_call__.remote(remove_own_traces)), FOOTPRINT_TIMEOUT_S
+        )
     return footprint
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from shared.process_identity import boot_id, pid_namespace
+
 SHARED_MEMORY = Path("/dev/shm")
 MAPPED_PREFIXES = ("psm_", "sem.mp-")
 OPENMP_FILE = "__KMP_REGISTERED_LIB_{pid}_*"
@@ -28,6 +30,13 @@ class Footprint:
 
     processes: tuple[tuple[int, float], ...]  # (pid, create time), the actor last
     shared_memory_files: tuple[str, ...]
+    place: str = ""
+    """Host and container whose pids and files these are; empty: the caller's own."""
+
+
+def own_place() -> str:
+    """Of the calling process: pids and files mean something only there."""
+    return f"{boot_id()}.{pid_namespace()}"
 
 
 def own_footprint() -> Footprint:
@@ -41,6 +50,7 @@ def own_footprint() -> Footprint:
     return Footprint(
         processes=tuple((process.pid, process.create_time()) for process in processes),
         shared_memory_files=tuple(sorted(_files_of(inodes))),
+        place=own_place(),
     )
 
 
@@ -66,14 +76,23 @@ def merged(earlier: Footprint | None, later: Footprint) -> Footprint:
         return later
     gone = [process for process in earlier.processes if process not in later.processes]
     files = {*earlier.shared_memory_files, *later.shared_memory_files}
-    return Footprint(processes=(*gone, *later.processes), shared_memory_files=tuple(sorted(files)))
+    return Footprint(
+        processes=(*gone, *later.processes),
+        shared_memory_files=tuple(sorted(files)),
+        place=later.place,
+    )
 
 
 def remove_footprint(footprint: Footprint) -> None:
     """Wait for the processes to end, kill those that do not, remove their files.
 
+    Of an engine on another host nothing is done: a process here may have its pid. What it leaves,
+    the next engine there removes (``footprint_record.py``).
+
     Blocks for at most ``EXIT_TIMEOUT_S`` per process: call it in a thread.
     """
+    if footprint.place not in ("", own_place()):
+        return
     for pid, create_time in footprint.processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
@@ -90,7 +109,8 @@ def remove_footprint(footprint: Footprint) -> None:
         if _is_reused(pid, create_time):
             continue
         for leftover in SHARED_MEMORY.glob(OPENMP_FILE.format(pid=pid)):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's, of another container
+                leftover.unlink(missing_ok=True)
 
 
 def _is_reused(pid: int, create_time: float) -> bool:

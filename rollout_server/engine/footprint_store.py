@@ -50,6 +50,7 @@ class FootprintStore:
                 footprint = Footprint(
                     processes=tuple((int(pid), float(time)) for pid, time in fields["processes"]),
                     shared_memory_files=tuple(fields["shared_memory_files"]),
+                    place=str(fields.get("place", "")),
                 )
             except (OSError, ValueError, KeyError, TypeError) as exc:
                 logger.warning("footprint %s cannot be read: %r", path, exc)

@@ -50,8 +50,8 @@ def left_in_shared_memory(before: set[str]) -> set[str]:
 
 
 def _has_living_owner(name: str) -> bool:
-    """OpenMP's files carry their process's pid."""
-    owner = re.fullmatch(r"__KMP_REGISTERED_LIB_([0-9]+)_[0-9]+", name)
+    """OpenMP's files and the records of engines carry their process's pid."""
+    owner = re.match(r"(?:__KMP_REGISTERED_LIB_|slipstream\.engine\.)([0-9]+)[._]", name)
     return owner is not None and psutil.pid_exists(int(owner[1]))
 
 

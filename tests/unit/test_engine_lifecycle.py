@@ -126,6 +126,24 @@ def test_a_process_that_took_over_an_id_is_left_alone(monkeypatch: pytest.Monkey
         child.wait(timeout=5)
 
 
+def test_what_is_on_another_host_is_not_looked_for_here(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    queue = tmp_path / "psm_0123"
+    queue.touch()
+    try:
+        far = Footprint(
+            processes=((child.pid, psutil.Process(child.pid).create_time()),),
+            shared_memory_files=(str(queue),),
+            place="another boot.1",
+        )
+        remove_footprint(far)
+        assert child.poll() is None
+        assert queue.exists()
+    finally:
+        child.kill()
+        child.wait(timeout=5)
+
+
 def test_a_footprint_knows_the_semaphores_and_queues_of_the_processes() -> None:
     context = multiprocessing.get_context("spawn")
     semaphore = context.Semaphore()

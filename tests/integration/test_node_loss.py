@@ -1,0 +1,151 @@
+"""A node of the Ray cluster dies in the middle of generation: its engine is replaced on another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.support.models import make_model, random_prompts
+from tests.support.rollout_checks import (
+    check_books,
+    engines_of,
+    greedy_body,
+    metrics_of,
+    tokens_of_whole,
+)
+from tests.support.server_process import (
+    START_TIMEOUT_S,
+    ServerProcess,
+    left_in_shared_memory,
+    shared_memory_files,
+    wait_until,
+)
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(400)]
+
+STORE_BYTES = 80 << 20
+NUM_TOKENS = 300
+NUM_REPEATS = 8
+ANSWER_TIMEOUT_S = 120.0
+HEALTH_CHECKS = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+"""Ray's own, so that it takes two seconds and not half a minute to find a node dead."""
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """The server's node takes no engine; two others have room, one of them for two."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 0,
+            "object_store_memory": STORE_BYTES,
+            "include_dashboard": False,
+            "_system_config": HEALTH_CHECKS,
+        },
+    )
+    try:
+        for num_cpus in (1, 2):
+            cluster.add_node(num_cpus=num_cpus, object_store_memory=STORE_BYTES)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def settings(cluster: Cluster, model: Path) -> dict[str, Any]:
+    cores = sorted(os.sched_getaffinity(0))
+    return {
+        "model": {"path": str(model), "dtype": "float32", "max_model_len": 512},
+        "ray": {"address": cluster.address},
+        "engine": {
+            "count": 2,
+            "num_cpus": 1,
+            "placement": {"strategy": "spread"},
+            "cpu_cores": [str(cores[0]), str(cores[-1])],
+            "num_kv_blocks": 200,
+            "block_size": 32,
+            "max_num_seqs": 4,
+        },
+        "server": {"port": 0, "progress_interval_s": 0.2},
+    }
+
+
+def serving(server: ServerProcess) -> dict[str, dict[str, Any]]:
+    """Engines that serve and whose status has been heard, by id."""
+    engines = server.client.get("/v1/engines").json()["engines"]
+    return {
+        engine["engine_id"]: engine
+        for engine in engines
+        if engine["state"] == "serving" and engine["pid"] is not None
+    }
+
+
+def post(server: ServerProcess, body: dict[str, Any]) -> dict[str, Any]:
+    answer = httpx.post(
+        f"{server.client.base_url}/v1/rollouts", json=body, timeout=ANSWER_TIMEOUT_S
+    )
+    assert answer.status_code == 200, answer.text
+    result: dict[str, Any] = answer.json()
+    return result
+
+
+def test_a_killed_raylet_costs_no_rollout_and_its_engine_comes_back_on_another_node(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    before = shared_memory_files()
+    model = make_model(tmp_path / "model", seed=11)
+    prompts = random_prompts(4, seed=4)
+    server = ServerProcess(tmp_path, model, settings(cluster, model))
+    try:
+        wait_until(lambda: len(serving(server)) == 2, START_TIMEOUT_S, "two engines to serve")
+        small, large = sorted(cluster.worker_nodes, key=lambda node: node._ray_params.num_cpus)
+        by_node = {engine["node_id"]: engine for engine in serving(server).values()}
+        assert by_node.keys() == {small.node_id, large.node_id}
+        expected = tokens_of_whole(
+            post(server, greedy_body("calm", prompts, NUM_TOKENS)), len(prompts), NUM_TOKENS
+        )
+
+        lost = by_node[small.node_id]
+        actor = psutil.Process(lost["pid"])
+        family = [actor, *actor.children(recursive=True)]
+        body = greedy_body("killed", prompts * NUM_REPEATS, NUM_TOKENS)
+        with ThreadPoolExecutor(1) as client:
+            answer: Future[dict[str, Any]] = client.submit(post, server, body)
+            wait_until(
+                lambda: serving(server)[lost["engine_id"]]["num_running_reqs"] > 0,
+                START_TIMEOUT_S,
+                "the node's engine to have work",
+            )
+            small.all_processes["raylet"][0].process.kill()
+            result = answer.result(ANSWER_TIMEOUT_S)
+        tokens = tokens_of_whole(result, len(prompts) * NUM_REPEATS, NUM_TOKENS)
+        assert tokens == expected * NUM_REPEATS
+        figures = metrics_of(server.client.get("/metrics").text)
+        assert figures["generate_retries_total"] > 0, "the node held no work"
+
+        wait_until(lambda: len(serving(server)) == 2, START_TIMEOUT_S, "a replacement to serve")
+        engines = serving(server)
+        assert lost["engine_id"] not in engines
+        assert {engine["node_id"] for engine in engines.values()} == {large.node_id}
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert alive == [], "processes of the lost engine"
+        again = post(server, greedy_body("after", prompts * 4, NUM_TOKENS))
+        assert tokens_of_whole(again, len(prompts) * 4, NUM_TOKENS) == expected * 4
+        assert engines_of(again) == engines.keys()
+        check_books(server.client.get("/metrics").text, len(prompts) * (1 + NUM_REPEATS + 4))
+        server.stop()
+        assert left_in_shared_memory(before) == set(), "shared memory left behind"
+    finally:
+        server.kill()
