@@ -85,9 +85,8 @@ class TrainingBatches:
         self._plan.wanted(step, self._clock.monotonic_s())
         if not self._wait(step, problems, on_news):
             return None
-        request = self._requests[step]
-        self._plan.arrived(step, request.ended_s)
-        groups = request.groups
+        self._note_ends()
+        groups = self._requests[step].groups
         unfit = unfit_prompts(groups, len(problems), is_stale)
         if unfit:
             fresh = self._sample_again(step, problems, unfit)
@@ -106,13 +105,17 @@ class TrainingBatches:
 
     def pending(self) -> tuple[PendingBatch, ...]:
         """For a checkpoint: what was asked for and is neither trained on nor ended by a stop."""
+        self._note_ends()
+        return self._plan.pending()
+
+    def _note_ends(self) -> None:
+        """Tell the plan what has ended. One that failed stays asked for: its step raises why."""
         for step in self._plan.asked_steps():
             request = self._requests[step]
             if request.state is RequestState.FINISHED:
                 self._plan.arrived(step, request.ended_s)
-            elif request.state is not RequestState.RUNNING:
+            elif request.state is RequestState.ABORTED:
                 self._plan.withdrawn(step)
-        return self._plan.pending()
 
     def _wait(self, step: int, problems: Sequence[Problem], on_news: Callable[[int], None]) -> bool:
         try:

@@ -9,6 +9,7 @@ A sink may be lost, a run may not: one that fails is logged and left alone from 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from importlib import import_module
@@ -26,6 +27,8 @@ from trainer.status import MetricsRecord
 LOGGER = logging.getLogger(__name__)
 
 TENSORBOARD_DIRECTORY = "tensorboard"
+CLOSE_TIMEOUT_S = 30.0
+"""For all sinks together, to send what they still have."""
 NOT_VALUES = frozenset({"step", "time_s"})
 """Keys of a line that say where its values belong."""
 
@@ -152,8 +155,11 @@ class GuardedSink:
 class MetricSinks:
     """All sinks of a run; closed at the end of the block."""
 
-    def __init__(self, sinks: Sequence[GuardedSink] = ()) -> None:
+    def __init__(
+        self, sinks: Sequence[GuardedSink] = (), *, close_timeout_s: float = CLOSE_TIMEOUT_S
+    ) -> None:
         self._sinks = sinks
+        self._close_timeout_s = close_timeout_s
 
     def __enter__(self) -> Self:
         return self
@@ -164,6 +170,18 @@ class MetricSinks:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # In a thread: an upload over a network that is down must not hold up a stop.
+        closing = threading.Thread(target=self._close, name="metric-sinks", daemon=True)
+        closing.start()
+        closing.join(self._close_timeout_s)
+        if closing.is_alive():
+            LOGGER.warning(
+                "trainer.metric_sinks: not closed within %g s; what was not sent by then is lost, "
+                "metrics.jsonl has all of it",
+                self._close_timeout_s,
+            )
+
+    def _close(self) -> None:
         for sink in self._sinks:
             sink.close()
 

@@ -99,13 +99,13 @@ class SamplingRequest:
             )
 
     def abort(self) -> None:
-        """End it, here and on the server. Repeated calls repeat what the server is told."""
+        """End it, here and on the server, which is told again by every call until it has ended."""
         with self._news:
             if self._state is RequestState.RUNNING:
                 self._enter(RequestState.ABORTED)
-            if self._state is not RequestState.ABORTED:
-                return
-        self._abort_on_server()
+            is_aborted = self._state is RequestState.ABORTED
+        if is_aborted and self._thread.is_alive():
+            self._abort_on_server()
 
     def join(self, timeout_s: float) -> bool:
         """Whether its thread has ended, after waiting at most so long."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -133,6 +134,15 @@ def test_a_sink_that_fails_at_its_end_does_no_harm(
     with open_sinks(config_of(tmp_path, "wandb"), completed_steps=0):
         wandb.error = TimeoutError("no upload")
     assert "no upload" in caplog.text
+
+
+def test_a_sink_that_does_not_end_holds_nothing_up(caplog: pytest.LogCaptureFixture) -> None:
+    is_up = threading.Event()
+    hanging = SimpleNamespace(write=lambda step, values: None, close=lambda: is_up.wait(20))
+    with MetricSinks([GuardedSink("x", hanging)], close_timeout_s=0.01):
+        pass
+    assert "not closed within 0.01 s" in caplog.text
+    is_up.set()
 
 
 def test_a_sink_that_does_not_start_names_setting_and_reason_and_closes_the_others(
