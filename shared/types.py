@@ -274,3 +274,14 @@ class LogFormat(StrEnum):
 
     TEXT = "text"
     JSON = "json"
+
+
+class MetricSinkKind(StrEnum):
+    """Where a trainer's metrics go beside the run's own files."""
+
+    TENSORBOARD = "tensorboard"
+    """Event files in ``<run_dir>/tensorboard``."""
+    WANDB = "wandb"
+    """Weights & Biases."""
+    TRACKIO = "trackio"
+    """Local, or wherever trackio's own variables say."""

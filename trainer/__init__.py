@@ -2,11 +2,13 @@
 
 ::
 
-    tasks/ -> rollout_client (HTTP) -> samples -> advantages -> batching -> policy -> loss
+    tasks/ -> batches (batch_plan) -> sampling -> rollout_client (HTTP)
+           -> samples (policy_history) -> advantages -> batching -> policy -> loss
            -> optimization -> publish (safetensors, POST /v1/weights) -> next prompts
 
-| loop (process or thread)       | consumes            | waits for               | unblocked by  |
-|--------------------------------|---------------------|-------------------------|---------------|
-| training loop (trainer actor)  | finished groups     | rollouts, a weight push | the server    |
-| speculation log (thread in it) | ``/v1/speculation`` | its interval            | clock, a stop |
+| loop (process or thread)         | consumes            | waits for               | unblocked by  |
+|----------------------------------|---------------------|-------------------------|---------------|
+| training loop (trainer actor)    | finished groups     | rollouts, a weight push | the server    |
+| rollout request (thread of each) | its stream          | the next group          | the server    |
+| speculation log (thread in it)   | ``/v1/speculation`` | its interval            | clock, a stop |
 """

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from shared.config.loading import load_run_config
+from shared.config.metric_sinks import check_metric_sinks
 from shared.errors import ConfigurationError, SlipstreamError
 from shared.logging import configure_logging
 
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         config = load_run_config(options.config, options.overrides)
+        check_metric_sinks(config.trainer)
         configure_logging(config.logging.level, "trainer-driver", log_format=config.logging.format)
         # Imported late: Ray takes seconds, and a wrong configuration should not have to wait.
         from trainer.launch import run_on_ray

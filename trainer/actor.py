@@ -71,7 +71,7 @@ class TrainerActor:
             board=self._board,
             stop=self._stop,
         )
-        with trainer.client, trainer.speculation:
+        with trainer.client, trainer.sinks, trainer.speculation:
             self._loop = trainer.loop
             try:
                 return trainer.loop.run()

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 
 from shared.errors import ConfigurationError, SlipstreamError
+from trainer.batch_plan import PendingBatch
 from trainer.optimization import Optimization
 from trainer.policy import Policy
+from trainer.policy_history import PolicyHistory
 
 _STEP_DIRECTORY = re.compile(r"step-(\d{6,})")
 _STATE_FILE = "trainer_state.json"
@@ -43,6 +45,17 @@ class TrainerState(BaseModel):
     weight_version: int
     num_updates: int
     seed: int
+    revision: int = 0
+    """Steps that changed the policy (``PolicyHistory``)."""
+    versions: dict[int, int] = Field(default_factory=dict)
+    """Revision by weight version, of the latest ones."""
+    pending: tuple[PendingBatch, ...] = ()
+    """Batches that had been asked for and not been trained on."""
+
+    @property
+    def history(self) -> PolicyHistory:
+        """Which weights the versions stood for."""
+        return PolicyHistory(revision=self.revision, versions=self.versions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

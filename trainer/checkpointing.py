@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
 from shared.config.run import RunConfig
+from trainer.batch_plan import PendingBatch
 from trainer.checkpoint import CheckpointDraft, CheckpointStore, TrainerState
 from trainer.optimization import Optimization
 from trainer.policy import Policy
+from trainer.policy_history import PolicyHistory
 
 LOGGER = logging.getLogger(__name__)
 
@@ -44,8 +47,17 @@ class Checkpointing:
         self._began_s = monotonic()
         self._begun = self._store.draft(step, self._policy, self._optimization, self._tokenizer)
 
-    def finish(self, step: int, weight_version: int) -> None:
+    def finish(
+        self,
+        step: int,
+        weight_version: int,
+        history: PolicyHistory,
+        pending: Sequence[PendingBatch],
+    ) -> None:
         """The checkpoint of ``step`` is on disk afterwards, whether it was begun or not.
+
+        Args:
+            pending: batches that a run which goes on from here fetches again.
 
         Raises:
             SlipstreamError: the disk does not take it.
@@ -62,6 +74,9 @@ class Checkpointing:
                 weight_version=weight_version,
                 num_updates=self._optimization.num_updates,
                 seed=self._config.seed,
+                revision=history.revision,
+                versions=dict(history.versions),
+                pending=tuple(pending),
             )
         )
         self._finished_step = step

@@ -1,10 +1,9 @@
-"""Asks the server for a batch of rollouts and takes the groups as they finish."""
+"""What the trainer asks the server for, and a batch as it comes back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from time import monotonic
 
 from shared.config.trainer import TrainerConfig
 from shared.schemas.rollouts import (
@@ -13,16 +12,18 @@ from shared.schemas.rollouts import (
     RolloutRequest,
     SamplingOptions,
 )
-from trainer.rollout_client import RolloutClient
+from trainer.batch_plan import BatchTiming
 from trainer.tasks import Problem
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Collected:
-    """The groups of one request, in order of finishing."""
+class SampledBatch:
+    """The groups of one step, in no order, and how they came."""
 
     groups: list[RolloutGroup]
-    rollout_s: float
+    timing: BatchTiming
+    num_groups_again: int
+    """Of these, sampled a second time: their first samples were aborted or too old."""
 
     @property
     def num_completion_tokens(self) -> int:
@@ -64,21 +65,3 @@ def evaluation_request(
         reward=RewardSpec(name=config.reward.name, params=config.reward.params),
         stream=True,
     )
-
-
-def collect(
-    client: RolloutClient,
-    request: RolloutRequest,
-    on_group: Callable[[RolloutGroup], None],
-) -> Collected:
-    """Run a request to its end; ``on_group`` sees every group as it arrives.
-
-    Raises:
-        SlipstreamError: the server refused the request or stayed away too long.
-    """
-    started_s = monotonic()
-    groups = []
-    for group in client.stream_groups(request):
-        groups.append(group)
-        on_group(group)
-    return Collected(groups=groups, rollout_s=monotonic() - started_s)

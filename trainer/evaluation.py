@@ -42,3 +42,13 @@ def evaluate_groups(groups: Iterable[RolloutGroup]) -> EvaluationResult:
         mean_reward=sum(rewards) / len(samples),
         mean_completion_tokens=num_tokens / len(samples),
     )
+
+
+def evaluation_metrics(result: EvaluationResult, eval_s: float) -> dict[str, float | None]:
+    """For the line of the step after which it was done."""
+    return {
+        "eval/accuracy": result.accuracy,
+        "eval/mean_reward": result.mean_reward,
+        "eval/mean_completion_tokens": result.mean_completion_tokens,
+        "phase/eval_s": eval_s,
+    }

@@ -1,4 +1,8 @@
-"""The synchronous training loop: rollouts, update, push, again. Runs in the trainer actor.
+"""The training loop: rollouts, update, push, again. Runs in the trainer actor.
+
+With ``trainer.batches_ahead`` 0 it samples and trains by turns. With more, batches of later steps
+are sampled meanwhile (see batch_plan.py), and a push finds rollouts running: what they see of it
+is the server's ``weights.pause_mode``.
 
 Waits for the server only (rollouts, pushes), each wait bounded by ``trainer.api_timeout_s``. A stop
 takes effect between groups and between phases: after an update the push is always tried, so that
@@ -9,80 +13,59 @@ while the push runs and becomes valid after it, with the version the server has 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 from shared.clock import SystemClock
 from shared.config.run import RunConfig
 from shared.errors import SlipstreamError, UnavailableError
-from shared.schemas.rollouts import RolloutGroup, RolloutRequest
+from shared.schemas.rollouts import RolloutGroup, RolloutSample
 from trainer.advantages import with_advantages
 from trainer.background_push import BackgroundPush
-from trainer.checkpoint import CheckpointStore
+from trainer.batches import TrainingBatches
 from trainer.checkpointing import Checkpointing
-from trainer.collection import Collected, collect, evaluation_request, training_request
-from trainer.evaluation import evaluate_groups
-from trainer.optimization import Optimization
-from trainer.policy import Policy
-from trainer.publish import Publisher, PushReport
-from trainer.recorder import RunRecorder
-from trainer.rollout_client import RolloutClient
-from trainer.samples import Selection, select
-from trainer.speculation_log import DraftCounts, SpeculationLog
-from trainer.status import StatusBoard, TrainerPhase
+from trainer.collection import SampledBatch, evaluation_request
+from trainer.evaluation import evaluate_groups, evaluation_metrics
+from trainer.loop_parts import LoopParts, LoopStart
+from trainer.publish import PushReport
+from trainer.samples import select
+from trainer.sampling import Sampler
+from trainer.speculation_log import DraftCounts
+from trainer.status import MetricsRecord, TrainerPhase
 from trainer.step_metrics import StepFacts, step_metrics
-from trainer.tasks import Problem, Task
 from trainer.update import UpdateReport, train_on
 
 LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoopParts:
-    """What the loop works with; built in setup.py, or by a test."""
-
-    client: RolloutClient
-    task: Task
-    policy: Policy
-    tokenizer: Any
-    optimization: Optimization
-    publisher: Publisher
-    checkpoints: CheckpointStore
-    recorder: RunRecorder
-    speculation: SpeculationLog
-    board: StatusBoard
-    stop: threading.Event
-    run_id: str
-    """Unique per process: makes request ids that no earlier attempt at the same step has used."""
-
-
 class TrainingLoop:
-    """Trains from ``completed_steps`` to ``trainer.num_steps``."""
+    """Trains from ``start.completed_steps`` to ``trainer.num_steps``."""
 
-    def __init__(
-        self, parts: LoopParts, config: RunConfig, *, completed_steps: int, weight_version: int
-    ) -> None:
+    def __init__(self, parts: LoopParts, config: RunConfig, start: LoopStart) -> None:
         self._parts = parts
         self._config = config
-        self._step = completed_steps
-        self._version = weight_version
-        self._active_request_id: str | None = None
+        self._clock = SystemClock()
+        self._step = start.completed_steps
+        self._version = start.weight_version
+        self._history = start.history
+        self._sampler = Sampler(parts.client, parts.stop, self._clock)
+        self._batches = TrainingBatches(
+            sampler=self._sampler,
+            task=parts.task,
+            recorder=parts.recorder,
+            config=config.trainer,
+            clock=self._clock,
+            run_id=parts.run_id,
+            completed_steps=start.completed_steps,
+            pending=start.pending,
+        )
         self._checkpoints = Checkpointing(
             parts.checkpoints, parts.policy, parts.optimization, parts.tokenizer, config
         )
 
     def abort_rollouts(self) -> None:
-        """End the rollouts being waited for, if any. Called from another thread, after a stop."""
-        request_id = self._active_request_id
-        if request_id is None:
-            return
-        try:
-            self._parts.client.abort(request_id)
-        except SlipstreamError as exc:
-            LOGGER.warning("rollouts %s could not be aborted: %s", request_id, exc.message)
+        """End the rollouts that run, if any. Called from another thread, after a stop."""
+        self._sampler.abort_all()
 
     def run(self) -> TrainerPhase:
         """Train to the end or to the stop. Returns FINISHED or STOPPED, with a checkpoint saved.
@@ -93,6 +76,10 @@ class TrainingLoop:
         try:
             return self._run()
         finally:
+            # Nobody waits for rollouts any more: a client that still tries to reach the server
+            # for them gives up.
+            self._parts.stop.set()
+            self._sampler.close()
             self._checkpoints.discard()
 
     def _run(self) -> TrainerPhase:
@@ -100,10 +87,10 @@ class TrainingLoop:
         board.completed(self._step, self._version)
         if self._step == 0 and not self._parts.stop.is_set():
             metrics = self._evaluate()
-            self._parts.recorder.metrics(
+            self._write_metrics(
                 {
                     "step": 0,
-                    "time_s": SystemClock().wall_s(),
+                    "time_s": self._clock.wall_s(),
                     "weights/version": self._version,
                     **metrics,
                 }
@@ -113,6 +100,8 @@ class TrainingLoop:
                 break
             if self._checkpoints.is_due(self._step):
                 self._checkpoint()
+        if self._parts.stop.is_set():
+            self._sampler.abort_all()
         self._checkpoint()
         stopped = self._step < trainer.num_steps
         return TrainerPhase.STOPPED if stopped else TrainerPhase.FINISHED
@@ -121,14 +110,16 @@ class TrainingLoop:
         """One step; False when a stop ended it before anything was updated."""
         parts, trainer = self._parts, self._config.trainer
         step = self._step + 1
+        began_s = self._clock.monotonic_s()
         counts_before = self._draft_counts()
-        collected = self._rollouts(step)
-        if parts.stop.is_set():
+        batch = self._next_batch(step)
+        if batch is None or parts.stop.is_set():
             return False
-        selection = select(collected.groups)
+        selection = select(batch.groups, self._is_stale)
         samples = with_advantages(
             selection.groups, normalize_by_std=trainer.objective.normalize_by_std
         )
+        sampled_from = self._history
         update: UpdateReport | None = None
         push: PushReport | None = None
         if samples:
@@ -142,6 +133,7 @@ class TrainingLoop:
                     weight_version=self._version,
                     seed=f"{self._config.seed}/{step}",
                 )
+            self._history = self._history.updated()
             push = self._push(step)
         else:
             LOGGER.warning(
@@ -149,52 +141,43 @@ class TrainingLoop:
                 step,
             )
         self._step = step
+        self._batches.trained(step)
+        duration_s = self._clock.monotonic_s() - began_s
         every = trainer.eval_every
         due = step == trainer.num_steps or (every and step % every == 0)
         evaluation = self._evaluate() if due and not parts.stop.is_set() else {}
-        self._record(step, collected, selection, update, push, evaluation, counts_before)
+        facts = StepFacts(
+            step=step,
+            time_s=self._clock.wall_s(),
+            duration_s=duration_s,
+            batch=batch,
+            selection=selection,
+            history=sampled_from,
+            update=update,
+            push=push,
+            weight_version=self._version,
+            draft_counts_before=counts_before,
+            draft_counts_after=self._draft_counts(),
+        )
+        self._record(facts, evaluation)
         return True
 
-    def _rollouts(self, step: int) -> Collected:
-        parts, trainer = self._parts, self._config.trainer
-        # The task counts from 0: step 1 trains on batch 0.
-        problems = parts.task.train_batch(step - 1, trainer.prompts_per_step)
-        request = training_request(f"{parts.run_id}/step={step}", problems, trainer)
-        parts.board.enter(TrainerPhase.ROLLOUT)
-        with parts.recorder.span("rollout", step):
-            return self._collect(request, problems, step)
-
-    def _collect(
-        self, request: RolloutRequest, problems: Sequence[Problem], record_as: int | None
-    ) -> Collected:
+    def _next_batch(self, step: int) -> SampledBatch | None:
         parts = self._parts
-        num_groups = 0
-        parts.board.groups(0, len(problems))
-        nothing = Collected(groups=[], rollout_s=0.0)
+        parts.board.enter(TrainerPhase.ROLLOUT)
+        self._batches.ask()
+        waiting: AbstractContextManager[None] = nullcontext()
+        if self._config.trainer.batches_ahead:
+            # By turns, the span of the batch itself is the waiting.
+            waiting = parts.recorder.span("wait", step)
+        with waiting:
+            return self._batches.take(step, self._is_stale, parts.board.groups)
 
-        def on_group(group: RolloutGroup) -> None:
-            nonlocal num_groups
-            num_groups += 1
-            if parts.stop.is_set():
-                # Again: the abort of the stop may have come before the request was there.
-                self.abort_rollouts()
-            parts.board.groups(num_groups, len(problems))
-            if record_as is not None:
-                text = problems[group.prompt_index].prompt_text
-                parts.recorder.rollouts(record_as, group, text)
-
-        self._active_request_id = request.request_id
-        try:
-            if parts.stop.is_set():
-                return nothing
-            return collect(parts.client, request, on_group)
-        except SlipstreamError:
-            if not parts.stop.is_set():
-                raise
-            # The stop aborted the request; how its stream ended does not matter any more.
-            return nothing
-        finally:
-            self._active_request_id = None
+    def _is_stale(self, sample: RolloutSample) -> bool:
+        # Not as the server said when it delivered: pushes may have come since, and a resumed run
+        # has given the same weights another version.
+        lag = self._history.lag(sample.weight_versions)
+        return lag is None or lag > self._config.trainer.max_policy_lag
 
     def _push(self, step: int) -> PushReport | None:
         """Push the new weights; None when a stop came while the server was away."""
@@ -218,65 +201,53 @@ class TrainingLoop:
                 LOGGER.warning("stopped before version %d was answered: %s", self._version + 1, exc)
                 return None
         self._version = report.version
+        self._history = self._history.served(report.version)
         return report
 
     def _evaluate(self) -> dict[str, float | None]:
         parts, trainer = self._parts, self._config.trainer
         parts.board.enter(TrainerPhase.EVAL)
-        problems = parts.task.held_out(trainer.eval_prompts)
-        request = evaluation_request(f"{parts.run_id}/eval={self._step}", problems, trainer)
-        with parts.recorder.span("eval", self._step):
-            collected = self._collect(request, problems, None)
         if parts.stop.is_set():
             return {}
-        result = evaluate_groups(collected.groups)
+        problems = parts.task.held_out(trainer.eval_prompts)
+        request = evaluation_request(f"{parts.run_id}/eval={self._step}", problems, trainer)
+
+        def on_group(group: RolloutGroup) -> None:
+            """Held-out samples are not recorded."""
+
+        with parts.recorder.span("eval", self._step):
+            asked = self._sampler.start(request, on_group)
+            is_whole = self._sampler.wait(
+                asked, lambda num_groups: parts.board.groups(num_groups, len(problems))
+            )
+        if not is_whole:
+            return {}
+        result = evaluate_groups(asked.groups)
         if result.num_unscored:
             LOGGER.warning(
                 "%d of %d evaluation samples have no reward and count as wrong",
                 result.num_unscored,
                 result.num_problems,
             )
-        return {
-            "eval/accuracy": result.accuracy,
-            "eval/mean_reward": result.mean_reward,
-            "eval/mean_completion_tokens": result.mean_completion_tokens,
-            "phase/eval_s": collected.rollout_s,
-        }
+        return evaluation_metrics(result, asked.ended_s - asked.asked_s)
 
-    def _record(
-        self,
-        step: int,
-        collected: Collected,
-        selection: Selection,
-        update: UpdateReport | None,
-        push: PushReport | None,
-        evaluation: dict[str, float | None],
-        counts_before: dict[str, DraftCounts],
-    ) -> None:
-        record = step_metrics(
-            StepFacts(
-                step=step,
-                time_s=SystemClock().wall_s(),
-                collected=collected,
-                selection=selection,
-                update=update,
-                push=push,
-                weight_version=self._version,
-                draft_counts_before=counts_before,
-                draft_counts_after=self._draft_counts(),
-            )
-        ) | evaluation  # fmt: skip
-        self._parts.recorder.metrics(record)
-        self._parts.board.completed(step, self._version, record)
+    def _record(self, facts: StepFacts, evaluation: dict[str, float | None]) -> None:
+        record = step_metrics(facts) | evaluation
+        self._write_metrics(record)
+        self._parts.board.completed(facts.step, self._version, record)
         LOGGER.info(
             "step %d of %d: reward %.3f, %d completion tokens in %.1f s, version %d",
-            step,
+            facts.step,
             self._config.trainer.num_steps,
             record["reward/mean"] or 0.0,
-            collected.num_completion_tokens,
-            collected.rollout_s,
+            facts.batch.num_completion_tokens,
+            facts.batch.timing.sample_s,
             self._version,
         )
+
+    def _write_metrics(self, record: MetricsRecord) -> None:
+        self._parts.recorder.metrics(record)
+        self._parts.sinks.write(record)
 
     def _draft_counts(self) -> dict[str, DraftCounts]:
         try:
@@ -287,4 +258,4 @@ class TrainingLoop:
 
     def _checkpoint(self) -> None:
         self._parts.board.enter(TrainerPhase.CHECKPOINT)
-        self._checkpoints.finish(self._step, self._version)
+        self._checkpoints.finish(self._step, self._version, self._history, self._batches.pending())

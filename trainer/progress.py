@@ -32,11 +32,12 @@ REFRESH_S = 0.5
 SPARK_LEVELS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40
 PHASES = {
-    "rollout": "sampling rollouts",
+    "wait": "waiting for rollouts",
     "train": "training",
     "push": "pushing weights",
     "eval": "evaluating",
 }
+NO_PHASES = ("starting", "between phases")
 
 
 @dataclass(slots=True)
@@ -69,8 +70,22 @@ class ProgressState:
     threshold: float | None
     latest: dict[str, object] = field(default_factory=dict)
     rewards: deque[float] = field(default_factory=lambda: deque(maxlen=SPARK_WIDTH))
-    phase: str = "starting"
+    phase: str = NO_PHASES[0]
+    """Of the training loop."""
+    sampled_steps: set[float | None] = field(default_factory=set)
+    """Steps whose batch is being sampled, beside the loop where batches are sampled ahead."""
     engines: dict[str, EngineView] = field(default_factory=dict)
+
+    @property
+    def activity(self) -> str:
+        """What the loop does, and what is sampled meanwhile."""
+        if not self.sampled_steps:
+            return self.phase
+        count = len(self.sampled_steps)
+        if count == 1 and self.phase == PHASES["wait"]:
+            return self.phase
+        sampling = "sampling rollouts" if count == 1 else f"sampling {count} batches"
+        return sampling if self.phase in NO_PHASES else f"{self.phase}, {sampling}"
 
     def add_metrics(self, record: JsonRecord) -> None:
         """A finished step. Values that are not measured every step stay until replaced."""
@@ -82,10 +97,15 @@ class ProgressState:
     def add_event(self, record: JsonRecord) -> None:
         """A phase began or ended."""
         name, _, edge = text(record, "event").rpartition("_")
-        if edge == "start":
+        step = number(record, "step")
+        if name == "rollout" and edge == "start":
+            self.sampled_steps.add(step)
+        elif name == "rollout":
+            self.sampled_steps.discard(step)
+        elif edge == "start":
             self.phase = PHASES.get(name, name)
         elif edge == "end":
-            self.phase = "between phases"
+            self.phase = NO_PHASES[1]
 
     def add_decision(self, record: JsonRecord) -> None:
         """An engine's scheduler reported."""
@@ -174,7 +194,7 @@ def render(state: ProgressState) -> RenderableType:
     head.add_row(
         f"[bold]step {step:.0f}[/] / {state.num_steps if state.num_steps is not None else '?'}",
         ProgressBar(total=total, completed=step),
-        f"[cyan]{state.phase}[/]",
+        f"[cyan]{state.activity}[/]",
     )
     facts = Table.grid(padding=(0, 3))
     facts.add_row(
@@ -189,6 +209,13 @@ def render(state: ProgressState) -> RenderableType:
         f"paused [bold]{show(latest, 'weights/paused_s', '.3f', ' s')}[/]",
         f"longest [bold]{show(latest, 'rollout/max_completion_tokens', '.0f')}[/] tokens",
     )
+    if (number(latest, "lag/max") or 0) > 0:
+        facts.add_row(
+            f"policy lag [bold]{show(latest, 'lag/mean', '.2f')}[/] updates",
+            f"largest [bold]{show(latest, 'lag/max', '.0f')}[/]",
+            f"waited [bold]{show(latest, 'phase/rollout_s', '.1f', ' s')}[/]",
+            f"sampling hidden [bold]{show(latest, 'rollout/hidden_fraction', '.0%')}[/]",
+        )
     rewards = Text.assemble(("reward ", "dim"), (sparkline(state.rewards), "green"))
     parts: list[RenderableType] = [head, facts, rewards]
     if state.engines:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from shared.schemas.rollouts import RolloutGroup, RolloutSample
@@ -46,7 +46,29 @@ class Selection:
     num_groups_without_signal: int
 
 
-def select(groups: Iterable[RolloutGroup]) -> Selection:
+IsStale = Callable[[RolloutSample], bool]
+"""Whether a sample's policy is too old to train on."""
+
+
+def stale_when_delivered(sample: RolloutSample) -> bool:
+    """As the server judged it. Later it can only have become older."""
+    return sample.stale
+
+
+def unfit_prompts(groups: Iterable[RolloutGroup], num_prompts: int, is_stale: IsStale) -> list[int]:
+    """Prompts to sample again: their group is absent, or has samples that are aborted or stale."""
+    fit = {
+        group.prompt_index
+        for group in groups
+        if not any(
+            sample.finish_reason is FinishReason.ABORT or is_stale(sample)
+            for sample in group.samples
+        )
+    }
+    return [index for index in range(num_prompts) if index not in fit]
+
+
+def select(groups: Iterable[RolloutGroup], is_stale: IsStale = stale_when_delivered) -> Selection:
     """Drop samples that are stale, aborted, unscored or empty, then groups without signal.
 
     A group has no signal when fewer than two samples are left or all its rewards are equal: every
@@ -60,7 +82,7 @@ def select(groups: Iterable[RolloutGroup]) -> Selection:
         for sample in group.samples:
             if sample.finish_reason is FinishReason.ABORT:
                 num_aborted += 1
-            elif sample.stale:
+            elif is_stale(sample):
                 num_stale += 1
             elif sample.reward is None or sample.reward_status is not RewardStatus.OK:
                 num_unscored += 1

@@ -12,13 +12,17 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from shared.config.metric_sinks import check_metric_sinks
 from shared.config.run import RunConfig
 from shared.credentials import ClientCredentials
 from shared.errors import ConfigurationError
 from trainer.checkpoint import Checkpoint, CheckpointStore, restore
-from trainer.loop import LoopParts, TrainingLoop
+from trainer.loop import TrainingLoop
+from trainer.loop_parts import LoopParts, LoopStart
+from trainer.metric_sinks import MetricSinks, open_sinks
 from trainer.optimization import Optimization
 from trainer.policy import Policy, resolve_device
+from trainer.policy_history import PolicyHistory
 from trainer.publish import Publisher
 from trainer.recorder import RunRecorder
 from trainer.rollout_client import RolloutClient
@@ -40,6 +44,7 @@ class Trainer:
     loop: TrainingLoop
     client: RolloutClient
     speculation: SpeculationLog
+    sinks: MetricSinks
 
 
 def build_trainer(
@@ -53,7 +58,7 @@ def build_trainer(
     """Load everything and agree with the server on a version.
 
     Raises:
-        ConfigurationError: no server URL, an unusable model, task or run directory.
+        ConfigurationError: no server URL, an unusable model, task, run directory or metric sink.
         SlipstreamError: the server stayed away, or refused the weights of a resumed run.
     """
     options = config.trainer
@@ -61,6 +66,7 @@ def build_trainer(
         raise ConfigurationError(
             "trainer.server_url is not set: which rollout server?", param="trainer.server_url"
         )
+    check_metric_sinks(options)
     # Explicitly also for 0: Ray gives actors OMP_NUM_THREADS=1, which is not torch's default.
     torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(config.seed)
@@ -94,7 +100,10 @@ def build_trainer(
         record,
         checkpointed=checkpoint.state.weight_version if checkpoint else None,
     )
+    history = checkpoint.state.history if checkpoint else PolicyHistory()
     speculation = SpeculationLog(client, recorder)
+    completed_steps = checkpoint.state.step if checkpoint else 0
+    sinks = open_sinks(config, completed_steps=completed_steps)
     loop = TrainingLoop(
         LoopParts(
             client=client,
@@ -105,16 +114,21 @@ def build_trainer(
             publisher=publisher,
             checkpoints=checkpoints,
             recorder=recorder,
+            sinks=sinks,
             speculation=speculation,
             board=board,
             stop=stop,
             run_id=f"{config.name}-{uuid.uuid4().hex[:8]}",
         ),
         config,
-        completed_steps=checkpoint.state.step if checkpoint else 0,
-        weight_version=version,
+        LoopStart(
+            completed_steps=completed_steps,
+            weight_version=version,
+            history=history.served(version),
+            pending=checkpoint.state.pending if checkpoint else (),
+        ),
     )
-    return Trainer(loop=loop, client=client, speculation=speculation)
+    return Trainer(loop=loop, client=client, speculation=speculation, sinks=sinks)
 
 
 def _build_policy(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.collection import Collected
+from shared.schemas.rollouts import RolloutSample
+from trainer.collection import SampledBatch
+from trainer.policy_history import PolicyHistory
 from trainer.publish import PushReport
 from trainer.samples import Selection
 from trainer.speculation_log import DraftCounts, mean_acceptance_length
@@ -19,8 +22,12 @@ class StepFacts:
     step: int
     time_s: float
     """Unix time of the step's end."""
-    collected: Collected
+    duration_s: float
+    """From wanting the batch to the end of the push."""
+    batch: SampledBatch
     selection: Selection
+    history: PolicyHistory
+    """As it was when the batch was trained on."""
     update: UpdateReport | None
     push: PushReport | None
     weight_version: int
@@ -31,11 +38,12 @@ class StepFacts:
 
 def step_metrics(facts: StepFacts) -> dict[str, float | int | None]:
     """Flat ``component/name`` keys. A value that does not exist this step is None."""
-    samples = [sample for group in facts.collected.groups for sample in group.samples]
+    samples = [sample for group in facts.batch.groups for sample in group.samples]
     rewards = [sample.reward for sample in samples if sample.reward is not None]
     lengths = [len(sample.token_ids) for sample in samples]
     reward_mean, reward_std = _mean_and_std(rewards)
-    rollout_s = facts.collected.rollout_s
+    timing = facts.batch.timing
+    sample_s = timing.sample_s
     selection, update, push = facts.selection, facts.update, facts.push
     record: dict[str, float | int | None] = {
         "step": facts.step,
@@ -44,7 +52,7 @@ def step_metrics(facts: StepFacts) -> dict[str, float | int | None]:
         "reward/std": reward_std,
         "rollout/num_samples": len(samples),
         "rollout/num_completion_tokens": sum(lengths),
-        "rollout/tokens_per_s": sum(lengths) / rollout_s if rollout_s > 0 else None,
+        "rollout/tokens_per_s": sum(lengths) / sample_s if sample_s > 0 else None,
         "rollout/mean_completion_tokens": sum(lengths) / len(lengths) if lengths else None,
         "rollout/max_completion_tokens": max(lengths, default=None),
         "rollout/truncated_fraction": (
@@ -52,7 +60,9 @@ def step_metrics(facts: StepFacts) -> dict[str, float | int | None]:
             if samples
             else None
         ),
-        "rollout/max_policy_lag": max((sample.policy_lag for sample in samples), default=None),
+        "rollout/sample_s": sample_s,
+        "rollout/hidden_fraction": timing.hidden_fraction,
+        "rollout/num_groups_again": facts.batch.num_groups_again,
         "rollout/num_draft_tokens": sum(sample.num_draft_tokens for sample in samples),
         "rollout/num_accepted_tokens": sum(sample.num_accepted_tokens for sample in samples),
         "rollout/mean_acceptance_length": mean_acceptance_length(
@@ -65,8 +75,11 @@ def step_metrics(facts: StepFacts) -> dict[str, float | int | None]:
         "batch/num_unscored": selection.num_unscored,
         "batch/num_empty": selection.num_empty,
         "weights/version": facts.weight_version,
-        "phase/rollout_s": rollout_s,
+        "phase/rollout_s": timing.wait_s,
+        "step/duration_s": facts.duration_s,
+        "step/tokens_per_s": sum(lengths) / facts.duration_s if facts.duration_s > 0 else None,
     }
+    record |= _lag_metrics(samples, facts.history)
     if update is not None:
         record |= {
             "loss/policy": update.loss,
@@ -92,6 +105,23 @@ def step_metrics(facts: StepFacts) -> dict[str, float | int | None]:
             "phase/publish_s": push.push_s,
         }
     return record
+
+
+def _lag_metrics(
+    samples: Sequence[RolloutSample], history: PolicyHistory
+) -> dict[str, float | int | None]:
+    """How far behind the policy that is trained its samples are, in steps that changed it."""
+    lags = [history.lag(sample.weight_versions) for sample in samples]
+    known = [lag for lag in lags if lag is not None]
+    versions = [span.version for sample in samples for span in sample.weight_versions]
+    return {
+        "lag/max": max(known, default=None),
+        "lag/mean": sum(known) / len(known) if known else None,
+        "lag/num_unknown": len(lags) - len(known),
+        "lag/oldest_version": min(versions, default=None),
+        "lag/newest_version": max(versions, default=None),
+        **{f"lag/num_samples_{lag}": known.count(lag) for lag in sorted(set(known))},
+    }
 
 
 def _mean_and_std(values: list[float]) -> tuple[float | None, float | None]:

@@ -253,11 +253,7 @@ class EngineActor:
         await self._weights.load(self._running(), version, pause_mode, recompute_kv)
 
     async def resume(self, stay_paused: bool = False) -> EngineCommitTimings:
-        """Generate again after ``load_weights``; seconds of every part.
-
-        Args:
-            stay_paused: an operator paused generation before the push.
-        """
+        """Generate again after ``load_weights``, or stay as an operator paused it; seconds."""
         return await self._weights.resume(self._running(), stay_paused=stay_paused)
 
     async def rebuild_drafter(self) -> float:

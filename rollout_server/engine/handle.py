@@ -232,7 +232,6 @@ class RayEngineHandle:
         )
         if self.state is EngineState.SYNCING:
             self._lifecycle.move(self._state_before_sync)
-        # It generates again, without drafts until this is done.
         requantize_s: float = await self._or_die(
             self._actor.rebuild_drafter.remote(),
             "to rebuild its drafter (weights.commit_timeout_s)",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shared.cli.doctor_checks import CheckResult, CheckStatus
 from shared.cli.doctor_security import security_checks
+from shared.config.metric_sinks import check_metric_sinks
 from shared.config.model_support import check_configured_model
 from shared.config.run import RunConfig
 from shared.errors import ConfigurationError
@@ -26,6 +27,7 @@ def configuration_checks(config: RunConfig) -> list[CheckResult]:
         check_cores(config, len(os.sched_getaffinity(0))),
         check_transport(config),
         check_drafter(config, has_vnni=has_vnni(CPU_INFO)),
+        check_sinks(config),
         *security_checks(config, os.environ),
     ]
 
@@ -102,6 +104,17 @@ def check_drafter(config: RunConfig, *, has_vnni: bool) -> CheckResult:
             detail = "int4 is no faster than bfloat16 without AVX-512 VNNI or AMX. Use int8 or auto"
             return CheckResult(name=name, status=CheckStatus.WARNING, detail=detail)
     detail = scheme.value if config.drafter.enabled else "no drafter (drafter.enabled false)"
+    return CheckResult(name=name, status=CheckStatus.OK, detail=detail)
+
+
+def check_sinks(config: RunConfig) -> CheckResult:
+    """The packages of the metric sinks are there."""
+    name = "trainer.metric_sinks"
+    try:
+        check_metric_sinks(config.trainer)
+    except ConfigurationError as exc:
+        return CheckResult(name=name, status=CheckStatus.FAILED, detail=exc.message)
+    detail = ", ".join(config.trainer.metric_sinks) or "metrics.jsonl only"
     return CheckResult(name=name, status=CheckStatus.OK, detail=detail)
 
 

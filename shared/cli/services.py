@@ -20,6 +20,7 @@ from shared.cli.output import stderr_console
 from shared.cli.processes import run_module
 from shared.cli.run_directory import claim_run_directory, write_config
 from shared.cli.supervisor import RunFailedError, Supervisor
+from shared.config.metric_sinks import check_metric_sinks
 from shared.config.trainer import ArithmeticTaskConfig
 from shared.errors import ConfigurationError
 
@@ -54,6 +55,7 @@ def train(
 ) -> None:
     """Start only the trainer, against a running server."""
     resolved = resolve_config(config, set_)
+    check_metric_sinks(resolved.trainer)
     if url is not None:
         server = resolved.trainer.model_copy(update={"server_url": url})
         resolved = resolved.model_copy(update={"trainer": server})
@@ -79,6 +81,7 @@ def run(
     console = stderr_console()
     try:
         resolved = resolve_server_config(config, set_)
+        check_metric_sinks(resolved.trainer)
         # A program reads the summary alone; what is for people moves out of its way.
         with Supervisor(resolved, resume=resume, talks_on_stderr=as_json) as supervisor:
             console.print(f"run directory: {supervisor.run_dir}", highlight=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from shared.config.base import SettingsModel
 from shared.schemas.base import JsonObject
+from shared.types import MetricSinkKind
 
 
 class ObjectiveConfig(SettingsModel):
@@ -129,7 +130,10 @@ class TrainerConfig(SettingsModel):
     group_size: int = Field(default=8, ge=2)
     """Samples per prompt; advantages are relative to their mean."""
     max_policy_lag: int = Field(default=1, ge=0)
-    """Samples with tokens of older versions than this are not trained on."""
+    """Samples with a token whose policy is more updates old than this are not trained on."""
+    batches_ahead: int = Field(default=0, ge=0)
+    """Batches of later steps that are sampled while a step trains, with the weights that are there.
+    0: sampling and training take turns. At most ``max_policy_lag``."""
     eval_every: int = Field(default=5, ge=0)
     """Steps between held-out evaluations; 0 evaluates only at start and end."""
     eval_prompts: int = Field(default=128, ge=1)
@@ -138,8 +142,28 @@ class TrainerConfig(SettingsModel):
     """Steps between checkpoints; 0 writes only the last one."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """The latest ones; older ones are removed."""
+    metric_sinks: tuple[MetricSinkKind, ...] = ()
+    """Where metrics go beside ``metrics.jsonl``; each needs its package (``pip install
+    'slipstream-rollout[tensorboard]'`` and so on)."""
+    metric_project: str = Field(default="slipstream", min_length=1)
+    """Project of the run at Weights & Biases and in trackio."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     sampling: SamplingConfig = SamplingConfig()
     task: TaskConfig = ArithmeticTaskConfig()
     reward: RewardConfig = RewardConfig()
+
+    @field_validator("metric_sinks")
+    @classmethod
+    def each_sink_once(cls, kinds: tuple[MetricSinkKind, ...]) -> tuple[MetricSinkKind, ...]:
+        return tuple(dict.fromkeys(kinds))
+
+    @model_validator(mode="after")
+    def batches_ahead_can_be_trained_on(self) -> Self:
+        if self.batches_ahead > self.max_policy_lag:
+            raise ValueError(
+                f"trainer.batches_ahead {self.batches_ahead} is above trainer.max_policy_lag "
+                f"{self.max_policy_lag}: the batches would be too old when their step comes; raise "
+                "the one or lower the other"
+            )
+        return self

@@ -2,14 +2,13 @@
 
 Takes weight pushes from the trainer's own safetensors files, samples with the weights it was given
 last, and scores against the answer. Sampling depends on the prompts and the weights alone, so a run
-can be repeated.
+can be repeated. Under a request id there is one result, as on the real server.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,21 +27,17 @@ from shared.schemas.rollouts import (
     RolloutUsage,
     StreamLine,
 )
-from shared.schemas.speculation import (
-    EngineSpeculation,
-    SpeculationPolicy,
-    SpeculationResponse,
-    SpeculationStep,
-)
+from shared.schemas.speculation import SpeculationResponse
 from shared.schemas.weights import (
     EngineCommitTimings,
     PublishRequest,
     PublishResponse,
     WeightsResponse,
 )
-from shared.types import FinishReason, SpeculationMode, SpeculationReason
+from shared.types import FinishReason
 from shared.weights import build_manifest
 from tests.fakes.rollouts import rollout_group, rollout_sample
+from tests.fakes.speculation_answers import speculation_answer
 
 PAUSED_S = 0.002
 
@@ -57,6 +52,11 @@ class PolicyServer:
         self.committed_version = 0
         self.url = ""
         self.requests: list[RolloutRequest] = []
+        self.kept: dict[str, list[RolloutGroup]] = {}
+        """By request id: asked for again, groups are the same."""
+        self._bodies: dict[str, RolloutRequest] = {}
+        self.refuse_rollouts: Callable[[RolloutRequest], tuple[int, str] | None] = lambda _: None
+        """Called with each request; status and code, or None to answer it."""
         self.pushes: list[PublishRequest] = []
         self.aborted: list[str] = []
         self.hold = threading.Event()
@@ -70,12 +70,19 @@ class PolicyServer:
         self._lock = threading.Lock()
         self._num_polls = 0
 
+    def refusal(self, request: RolloutRequest) -> tuple[int, str] | None:
+        """Why it is not answered: it shall not be, or its id belongs to another body."""
+        is_new = self._bodies.setdefault(str(request.request_id), request) == request
+        return self.refuse_rollouts(request) or (None if is_new else (409, "conflict"))
+
     def groups(self, request: RolloutRequest) -> Iterator[RolloutGroup]:
-        """Sample and score every prompt."""
+        """Sample and score every prompt that is not kept."""
+        kept = self.kept.setdefault(str(request.request_id), [])
         for index, item in enumerate(request.prompts):
             with self._lock:
-                group = self._sample(request, index, item)
-            yield group
+                if index == len(kept):
+                    kept.append(self._sample(request, index, item))
+            yield kept[index]
 
     def publish(self, request: PublishRequest) -> PublishResponse:
         """Load the pushed file into the model, after checking it as the server would."""
@@ -100,53 +107,17 @@ class PolicyServer:
         )
         num_bytes = sum(entry.num_bytes for entry in request.manifest.tensors)
         return PublishResponse(
-            version=request.version, verify_s=0.0, total_s=0.01, num_bytes=num_bytes,
+            version=request.version,
+            verify_s=0,
+            total_s=0.01,
+            num_bytes=num_bytes,
             engines=[timings],
-        )  # fmt: skip
+        )
 
     def speculation(self, since_step: int) -> SpeculationResponse:
         """One more decision per poll, and counters that grow with it."""
         self._num_polls += 1
-        history = [
-            SpeculationStep(
-                step=step,
-                time_s=time.time(),
-                kv_cache_usage=0.2,
-                num_running_reqs=1,
-                num_waiting_reqs=0,
-                num_speculative_tokens=2,
-                reason=SpeculationReason.BELOW_THRESHOLD,
-            )
-            for step in range(since_step + 1, self._num_polls + 1)
-        ]
-        return SpeculationResponse(
-            policy=SpeculationPolicy(
-                mode=SpeculationMode.KV_GATE,
-                num_speculative_tokens=2,
-                kv_cache_threshold=0.5,
-                kv_cache_hysteresis=0.05,
-                min_dwell_steps=1,
-            ),
-            max_num_speculative_tokens=2,
-            engines=[
-                EngineSpeculation(
-                    engine_id="engine-0",
-                    enabled=True,
-                    num_speculative_tokens=2,
-                    reason=SpeculationReason.BELOW_THRESHOLD,
-                    kv_cache_usage=0.2,
-                    num_steps=self._num_polls,
-                    num_steps_on=self._num_polls,
-                    num_switches=0,
-                    num_drafts=2 * self._num_polls,
-                    num_draft_tokens=4 * self._num_polls,
-                    num_accepted_tokens=3 * self._num_polls,
-                    num_accepted_tokens_per_pos=[2 * self._num_polls, self._num_polls],
-                    mean_acceptance_length=2.5,
-                    history=history,
-                )
-            ],
-        )
+        return speculation_answer(self._num_polls, since_step)
 
     def _sample(self, request: RolloutRequest, index: int, item: PromptItem) -> RolloutGroup:
         prompt_ids = self.tokenizer.encode(item.prompt)
@@ -168,9 +139,9 @@ class PolicyServer:
         for row in range(request.n):
             completion = ids_BT[row, len(prompt_ids) :].tolist()
             is_stopped = self.tokenizer.eos_token_id in completion
-            length = (
-                completion.index(self.tokenizer.eos_token_id) + 1 if is_stopped else len(completion)
-            )
+            length = len(completion)
+            if is_stopped:
+                length = completion.index(self.tokenizer.eos_token_id) + 1
             text = self.tokenizer.decode(completion[:length], skip_special_tokens=True)
             samples.append(
                 rollout_sample(
@@ -243,6 +214,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         request = RolloutRequest.model_validate_json(raw)
         self.state.requests.append(request)
+        refusal = self.state.refusal(request)
+        if refusal is not None:
+            self._error(*refusal)
+            return
         self.send_response(200)
         self.send_header("Content-Type", "application/x-ndjson")
         self.send_header("Connection", "close")

@@ -90,11 +90,14 @@ def test_a_run_trains_pushes_reports_and_can_be_resumed(tmp_path: Path) -> None:
     assert {path.name for path in (run / "plots").iterdir()} >= {"reward.png", "speculation.png"}
     assert json.loads((run / "summary.json").read_text())["weight_version"] == 2
 
-    process = start(write_config(tmp_path, num_steps=3), "--resume")
+    # It goes on ahead of itself: step 4 is sampled while step 3 trains.
+    process = start(write_config(tmp_path, num_steps=4, batches_ahead=1), "--resume")
     output, _ = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, output[-3000:]
-    assert [line["step"] for line in metrics(run) if line["step"] > 0] == [1, 2, 3]
+    assert [line["step"] for line in metrics(run) if line["step"] > 0] == [1, 2, 3, 4]
     assert metrics(run)[-1]["weights/version"] > 2, "versions are never used twice"
+    assert [line["lag/max"] for line in metrics(run) if line["step"] > 0] == [0, 0, 0, 1]
+    assert sum(line["batch/num_stale"] for line in metrics(run) if line["step"] > 0) == 0
     assert left_in_shared_memory(before) == set()
 
 

@@ -117,11 +117,13 @@ def test_a_stop_during_a_push_waits_for_it(
     assert list(server.segment_directory.iterdir()) == []
 
 
-@pytest.mark.parametrize("moment", ["before_commit", "after_commit"])
+@pytest.mark.parametrize(
+    ("moment", "batches_ahead"), [("before_commit", 0), ("after_commit", 0), ("after_commit", 1)]
+)
 def test_a_trainer_killed_in_a_push_goes_on_with_the_next_version(
-    server: PolicyServer, model_path: Path, tmp_path: Path, moment: str
+    server: PolicyServer, model_path: Path, tmp_path: Path, moment: str, batches_ahead: int
 ) -> None:
-    config = run_config(server, model_path, tmp_path)
+    config = run_config(server, model_path, tmp_path, batches_ahead=batches_ahead)
     path = tmp_path / "config.json"  # JSON is YAML
     path.write_text(json.dumps(config.model_dump(mode="json")))
     code = (
@@ -153,5 +155,10 @@ def test_a_trainer_killed_in_a_push_goes_on_with_the_next_version(
     # The checkpoint's weights first, then steps 3 and 4.
     assert versions == list(range(1, {"before_commit": 5, "after_commit": 6}[moment] + 1))
     assert all(push.base_version == push.version - 1 for push in server.pushes)
-    assert [r["step"] for r in records(config, "metrics.jsonl")] == list(range(NUM_STEPS + 1))
+    found = records(config, "metrics.jsonl")
+    assert [record["step"] for record in found] == list(range(NUM_STEPS + 1))
+    assert all(record["lag/max"] <= batches_ahead for record in found[1:])
+    # Ahead, step 3 was asked for before the checkpoint of step 2, and is fetched by its id.
+    third = {r.request_id for r in server.requests if str(r.request_id).endswith("/step=3")}
+    assert len(third) == 2 - batches_ahead
     assert list(server.segment_directory.iterdir()) == []

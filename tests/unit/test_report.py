@@ -191,6 +191,32 @@ def test_the_close_up_shows_the_batch_with_the_most_switches() -> None:
     assert liveliest_window([], windows) is None
 
 
+def test_batches_that_are_sampled_ahead_overlap() -> None:
+    names = [(1, 0, "rollout_start"), (2, 1, "rollout_start"), (1, 4, "rollout_end"),
+             (3, 5, "rollout_start"), (2, 9, "rollout_end")]  # fmt: skip
+    events = [Event(time_s=t, name=name, step=step) for step, t, name in names]
+    assert rollout_windows(events) == [(1, 0, 4), (2, 1, 9)]
+
+
+def test_the_summary_says_how_much_sampling_was_hidden_and_how_old_policies_were(
+    tmp_path: Path,
+) -> None:
+    records = [
+        {"step": 1, "rollout/sample_s": 2.0, "rollout/hidden_fraction": 0.0, "lag/max": 0,
+         "lag/mean": 0.0, "phase/rollout_s": 2.0, "phase/train_s": 1.0},
+        {"step": 2, "rollout/sample_s": 6.0, "rollout/hidden_fraction": 0.5, "lag/max": 2,
+         "lag/mean": 1.5, "phase/rollout_s": 3.0, "phase/train_s": 4.0},
+    ]  # fmt: skip
+    write_lines(tmp_path / "metrics.jsonl", records)
+    summary = summarize(read_run(tmp_path))
+    assert summary.hidden_sampling_fraction == pytest.approx(3 / 8)
+    assert summary.rollout_time_fraction == pytest.approx(0.5)
+    assert (summary.mean_policy_lag, summary.max_policy_lag) == (0.75, 2)
+    rows = dict(summary.rows())
+    assert rows["sampling hidden behind training"] == "38%"
+    assert rows["policy lag in updates"] == "0.75, at most 2"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(None, "-"), (4.25, "4.2 s"), (59.99, "60.0 s"), (65, "1 min 05 s"), (3720, "1 h 02 min")],

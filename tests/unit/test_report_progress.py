@@ -73,3 +73,35 @@ def test_a_sparkline_spans_from_smallest_to_largest() -> None:
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([]) == ""
+
+
+def test_sampling_is_shown_beside_what_the_loop_does() -> None:
+    state = ProgressState(num_steps=None, threshold=None)
+    shown = []
+    for event, step in (
+        ("rollout_start", 1), ("rollout_start", 2), ("wait_start", 1), ("rollout_end", 1),
+        ("wait_end", 1), ("train_start", 1), ("rollout_end", 2), ("train_end", 1),
+    ):  # fmt: skip
+        state.add_event({"event": event, "step": step})
+        shown.append(state.activity)
+    assert shown == [
+        "sampling rollouts",
+        "sampling 2 batches",
+        "waiting for rollouts, sampling 2 batches",
+        "waiting for rollouts",
+        "sampling rollouts",
+        "training, sampling rollouts",
+        "training",
+        "between phases",
+    ]
+    state.add_metrics({"step": 2, "lag/max": 1, "lag/mean": 0.5, "rollout/hidden_fraction": 0.75})
+    assert "policy lag 0.50 updates" in screen(state)
+    assert "sampling hidden 75%" in screen(state)
+
+
+def test_by_turns_the_screen_says_nothing_of_lag() -> None:
+    state = ProgressState(num_steps=None, threshold=None)
+    state.add_event({"event": "rollout_start", "step": 1})
+    state.add_metrics({"step": 1, "lag/max": 0, "lag/mean": 0.0})
+    assert "sampling rollouts" in screen(state)
+    assert "policy lag" not in screen(state)

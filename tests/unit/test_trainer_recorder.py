@@ -11,11 +11,14 @@ import httpx
 import pytest
 
 from shared.errors import ConfigurationError, UnavailableError
+from shared.schemas.rollouts import RolloutGroup
 from shared.schemas.speculation import SpeculationStep
 from shared.types import FinishReason, RewardStatus, SpeculationReason
 from tests.fakes.rollouts import rollout_group, rollout_sample
-from trainer.collection import Collected
+from trainer.batch_plan import BatchTiming
+from trainer.collection import SampledBatch
 from trainer.evaluation import evaluate_groups
+from trainer.policy_history import PolicyHistory
 from trainer.recorder import RunRecorder
 from trainer.rollout_client import RolloutClient
 from trainer.samples import select
@@ -195,6 +198,51 @@ def test_acceptance_is_that_of_the_step_and_includes_the_bonus_token() -> None:
     assert mean_acceptance_length(before, before) is None
 
 
+def batch(groups: list[RolloutGroup]) -> SampledBatch:
+    """Asked for at 10 s, there at 12 s, wanted from 11.5 s on."""
+    timing = BatchTiming(asked_s=10.0, arrived_s=12.0, wanted_s=11.5, taken_s=12.0)
+    return SampledBatch(groups=groups, timing=timing, num_groups_again=1)
+
+
+def facts(groups: list[RolloutGroup], **changes: Any) -> StepFacts:
+    values: dict[str, Any] = {
+        "step": 5,
+        "time_s": 100.0,
+        "duration_s": 3.0,
+        "batch": batch(groups),
+        "selection": select(groups),
+        "history": PolicyHistory().served(0),
+        "update": None,
+        "push": None,
+        "weight_version": 4,
+        "draft_counts_before": {},
+        "draft_counts_after": {"engine-0": counts(6, 6)},
+    }
+    return StepFacts(**values | changes)
+
+
+def test_the_metrics_say_how_old_the_policy_of_the_samples_was() -> None:
+    history = PolicyHistory().served(4).updated().served(5).updated().served(6)
+    versions = [4, 5, 5, 9]
+    samples = [rollout_sample(i, reward=1.0, version=v) for i, v in enumerate(versions)]
+    record = step_metrics(facts([rollout_group(samples=samples)], history=history))
+    assert record["lag/max"] == 2
+    assert record["lag/mean"] == pytest.approx(4 / 3)
+    assert (record["lag/num_samples_1"], record["lag/num_samples_2"]) == (2, 1)
+    assert record["lag/num_unknown"] == 1
+    assert (record["lag/oldest_version"], record["lag/newest_version"]) == (4, 9)
+
+
+def test_the_metrics_say_how_long_the_trainer_waited_and_what_it_hid() -> None:
+    record = step_metrics(facts([rollout_group(samples=[rollout_sample(0, reward=1.0)])]))
+    assert record["phase/rollout_s"] == 0.5
+    assert record["rollout/sample_s"] == 2.0
+    assert record["rollout/hidden_fraction"] == 0.75
+    assert record["rollout/tokens_per_s"] == 1.5
+    assert (record["step/duration_s"], record["step/tokens_per_s"]) == (3.0, 1.0)
+    assert record["rollout/num_groups_again"] == 1
+
+
 def test_the_metrics_of_a_step_without_signal_have_no_loss_and_no_push() -> None:
     samples = [
         rollout_sample(0, reward=1.0, token_ids=[1, 2, 3]),
@@ -202,19 +250,7 @@ def test_the_metrics_of_a_step_without_signal_have_no_loss_and_no_push() -> None
         rollout_sample(2, reward=None, reward_status=RewardStatus.ERROR, token_ids=[1, 2]),
     ]
     groups = [rollout_group(samples=samples)]
-    record = step_metrics(
-        StepFacts(
-            step=5,
-            time_s=100.0,
-            collected=Collected(groups=groups, rollout_s=2.0),
-            selection=select(groups),
-            update=None,
-            push=None,
-            weight_version=4,
-            draft_counts_before={},
-            draft_counts_after={"engine-0": counts(6, 6)},
-        )
-    )
+    record = step_metrics(facts(groups))
     assert record["reward/mean"] == 1.0
     assert record["reward/std"] == 0.0
     assert record["rollout/tokens_per_s"] == 3.0

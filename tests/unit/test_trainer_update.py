@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,39 @@ def test_updates_and_learning_rate_are_counted(model_path: Path) -> None:
 def test_zero_samples_are_refused(model_path: Path) -> None:
     with pytest.raises(ValueError, match="zero samples"):
         update(load(model_path), [])
+
+
+def sampled_by(policy: Policy, samples: list[TrainingSample]) -> list[TrainingSample]:
+    """The same tokens with the logprobs that ``policy`` gives them."""
+    found = []
+    for sample in samples:
+        (batch,) = build_micro_batches([sample], [0], token_budget=1000, pad_token_id=0)
+        with torch.no_grad():
+            logprobs_BT = policy.score(batch, 1.0).logprobs_BT
+        logprobs = logprobs_BT[batch.completion_mask_BT].tolist()
+        found.append(replace(sample, behaviour_logprobs=logprobs))
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"epochs_per_batch": 1, "minibatches_per_epoch": 2}])
+def test_samples_of_an_older_version_are_weighed_by_what_has_changed_since(
+    model_path: Path, options: dict[str, int]
+) -> None:
+    """Truncated importance sampling between the weights that sampled and those that are trained."""
+    older, policy = load(model_path), load(model_path)
+    for _ in range(30):
+        update(policy, on_policy_samples(policy))
+    samples = sampled_by(older, on_policy_samples(policy))
+    now = sampled_by(policy, samples)
+    ratios = [
+        math.exp(new - old)
+        for sample, same in zip(samples, now, strict=True)
+        for old, new in zip(sample.behaviour_logprobs, same.behaviour_logprobs, strict=True)
+    ]
+    cap = TrainerConfig().objective.importance_cap
+    assert min(ratios) < 0.9, "the versions differ"
+    assert max(ratios) > cap, "and truncation matters"
+    report = update(policy, samples, weight_version=9, **options)
+    expected = sum(min(ratio, cap) for ratio in ratios) / len(ratios)
+    assert report.importance_weight == pytest.approx(expected, rel=1e-4)
+    assert report.truncated_fraction == sum(ratio > cap for ratio in ratios) / len(ratios)

@@ -34,8 +34,10 @@ PLOTS: tuple[tuple[Plot, str], ...] = (
     (plot_timeline_zoom, "The same for the batch in which speculation switched most often."),
     (plot_acceptance, "Tokens a verification step yields while engines draft; every weight push "
      "rebuilds the drafter, so it keeps up with the policy."),
-    (plot_throughput, "Completion tokens per second of the rollout phase, and their lengths."),
-    (plot_phases, "Seconds of each training step by phase."),
+    (plot_throughput, "Completion tokens per second of each batch while it was sampled, and their "
+     "lengths."),
+    (plot_phases, "Seconds of each training step by phase; rollout is the time the trainer waited "
+     "for its batch."),
 )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def plot_acceptance(run: RunData, directory: Path) -> Path | None:
 
 
 def plot_throughput(run: RunData, directory: Path) -> Path | None:
-    """Completion tokens per second of the rollout phase, and how long completions are."""
+    """Completion tokens per second of each batch, and how long completions are."""
     steps, rates = run.column("rollout/tokens_per_s")
     if not steps:
         return None

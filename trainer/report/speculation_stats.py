@@ -82,15 +82,18 @@ def on_intervals(stretch: Sequence[Decision]) -> list[tuple[float, float]]:
 
 
 def rollout_windows(events: Iterable[Event]) -> list[tuple[int | None, float, float]]:
-    """``(step, start, end)`` of every batch of rollouts, Unix seconds."""
+    """``(step, start, end)`` of every batch of rollouts, Unix seconds, in order of ending.
+
+    Batches that are sampled ahead overlap. What a process that was killed had begun counts from
+    where the next one began it again.
+    """
     windows = []
-    started: Event | None = None
+    started_s: dict[int | None, float] = {}
     for event in events:
         if event.name == "rollout_start":
-            started = event
-        elif event.name == "rollout_end" and started is not None:
-            windows.append((started.step, started.time_s, event.time_s))
-            started = None
+            started_s[event.step] = event.time_s
+        elif event.name == "rollout_end" and event.step in started_s:
+            windows.append((event.step, started_s.pop(event.step), event.time_s))
     return windows
 
 

@@ -33,6 +33,11 @@ class RunSummary:
     median_push_s: float | None
     median_paused_s: float | None
     rollout_time_fraction: float | None
+    """Of the trainer's time: how long it waited for rollouts."""
+    hidden_sampling_fraction: float | None
+    """Of the time in which batches were sampled: how long the trainer did something else."""
+    mean_policy_lag: float | None
+    max_policy_lag: int | None
     weight_version: int | None
     max_mismatch_kl: float | None
     max_logprob_diff: float | None
@@ -48,7 +53,9 @@ class RunSummary:
             ("reward, first and last steps", change(self.first_reward, self.last_reward, ".3f")),
             ("held-out accuracy", change(self.first_accuracy, self.last_accuracy, ".1%")),
             ("rollout throughput", shown(self.mean_tokens_per_s, ",.0f", " tokens/s")),
-            ("share of time in rollouts", shown(self.rollout_time_fraction, ".0%")),
+            ("share of time waiting for rollouts", shown(self.rollout_time_fraction, ".0%")),
+            ("sampling hidden behind training", shown(self.hidden_sampling_fraction, ".0%")),
+            ("policy lag in updates", spread(self.mean_policy_lag, self.max_policy_lag)),
             ("engine steps with speculation", shown(self.speculation_on_fraction, ".0%")),
             ("switches on or off", str(self.num_speculation_switches)),
             ("mean acceptance length", shown(self.mean_acceptance_length, ".2f")),
@@ -77,6 +84,7 @@ def summarize(run: RunData) -> RunSummary:
     phase_total_s = sum(phases.values())
     times = [event.time_s for event in run.events]
     versions = run.values("weights/version")
+    lags = run.values("lag/max")
     return RunSummary(
         name=run.run_dir.name,
         # Step 0 is the evaluation before training.
@@ -95,10 +103,22 @@ def summarize(run: RunData) -> RunSummary:
         median_push_s=median(pushes) if pushes else None,
         median_paused_s=middle(run.values("weights/paused_s")),
         rollout_time_fraction=phases["rollout"] / phase_total_s if phase_total_s else None,
+        hidden_sampling_fraction=hidden_fraction(run),
+        mean_policy_lag=mean(run.values("lag/mean")),
+        max_policy_lag=int(max(lags)) if lags else None,
         weight_version=int(versions[-1]) if versions else None,
         max_mismatch_kl=max(run.values("policy/mismatch_kl"), default=None),
         max_logprob_diff=max(run.values("policy/max_logprob_diff"), default=None),
     )
+
+
+def hidden_fraction(run: RunData) -> float | None:
+    """Over all batches, each by how long it was sampled."""
+    sample_s = dict(zip(*run.column("rollout/sample_s"), strict=True))
+    hidden = dict(zip(*run.column("rollout/hidden_fraction"), strict=True))
+    total_s = sum(sample_s[step] for step in hidden if step in sample_s)
+    hidden_s = sum(sample_s[step] * hidden[step] for step in hidden if step in sample_s)
+    return hidden_s / total_s if total_s > 0 else None
 
 
 def mean(values: list[float]) -> float | None:
@@ -114,6 +134,11 @@ def middle(values: list[float]) -> float | None:
 def shown(value: float | None, pattern: str, unit: str = "") -> str:
     """A formatted value with its unit; a dash for nothing."""
     return "-" if value is None else f"{value:{pattern}}{unit}"
+
+
+def spread(average: float | None, largest: float | None) -> str:
+    """``0.97, at most 1``."""
+    return "-" if largest is None else f"{shown(average, '.2f')}, at most {largest}"
 
 
 def change(first: float | None, last: float | None, pattern: str) -> str:
