@@ -224,6 +224,7 @@ class GroupWork:
                 weight_versions=whole.weight_versions,
                 num_draft_tokens=whole.num_draft_tokens,
                 num_accepted_tokens=whole.num_accepted_tokens,
+                token_origins=whole.token_origins,
             )
         self._given = {}
 
