@@ -193,6 +193,14 @@ async def measure_mixed(
     }
 
 
+def with_new_points(
+    old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A load that was measured again replaces its point; the others are kept."""
+    by_load = {point["load"]: point for point in (*old, *new)}
+    return [by_load[load.name] for load in LOADS if load.name in by_load]
+
+
 async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     """The parts asked for; the others are kept from earlier runs (``commits``, ``cpus``)."""
     result: dict[str, Any] = {"bench": "scheduler", "points": [], "mixed": {}, "commits": {}}
@@ -202,7 +210,7 @@ async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
         result["commits"][part] = now["commit"]
         result.setdefault("cpus", {})[part] = now["cpu"]
     if "points" in options.parts:
-        result["points"] = []
+        new_points = []
         spec = engine_spec(model, num_places=NUM_PLACES, kv_cache_mib=1536)
         async with running_engine(spec) as engine:
             for load in (load for load in LOADS if load.name in options.loads):
@@ -214,16 +222,20 @@ async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
                     slice_s=options.slice_s,
                     vocab_size=VOCAB_SIZE,
                 )
-                result["points"].append(summarize_point(load, rounds, ADAPTIVE))
-                print(result["points"][-1], file=sys.stderr)
+                new_points.append(
+                    summarize_point(load, rounds, ADAPTIVE) | {"commit": circumstances()["commit"]}
+                )
+                print(new_points[-1], file=sys.stderr)
             report = await engine.speculation(2**62)
+        result["points"] = with_new_points(result["points"], new_points)
+        if len(new_points) == len(LOADS):
+            result["prediction"] = {
+                "cost_model": report.cost_model,
+                "median_step_time_error": round(report.median_step_time_error or 0.0, 4),
+                "num_predicted_steps": report.num_predicted_steps,
+            }
         signs = [point["sign_right"] for point in result["points"]]
-        result["prediction"] = {
-            "cost_model": report.cost_model,
-            "sign_right_share": round(sum(signs) / len(signs), 3),
-            "median_step_time_error": round(report.median_step_time_error or 0.0, 4),
-            "num_predicted_steps": report.num_predicted_steps,
-        }
+        result["prediction"]["sign_right_share"] = round(sum(signs) / len(signs), 3)
     mixed_parts = [part for part in ("mixed", "streaming") if part in options.parts]
     if mixed_parts:
         spec = engine_spec(model, num_places=MIXED_PLACES, kv_cache_mib=128)
@@ -243,7 +255,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     names = [load.name for load in LOADS]
-    parser.add_argument("--loads", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--loads",
+        nargs="+",
+        choices=names,
+        default=names,
+        help="Points of other loads are kept, and the step-time error of the last whole run.",
+    )
     parser.add_argument("--repeats", type=int, default=11, help="Rounds at each load.")
     parser.add_argument("--slice-s", type=float, default=1.0, help="One side's turn.")
     parser.add_argument("--mixed-repeats", type=int, default=5)

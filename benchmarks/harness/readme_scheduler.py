@@ -11,12 +11,12 @@ def scheduler_table(document: dict[str, Any]) -> str:
     lines = []
     if result["points"]:
         lines = [
-            "| sequences x prompt | best fixed K | it over off | adaptive over off "
+            "| sequences x prompt | rounds | best fixed K | it over off | adaptive over off "
             "| adaptive over best fixed (quartiles) |",
-            "|:---|---:|---:|---:|---:|",
+            "|:---|---:|---:|---:|---:|---:|",
         ]
     lines += [
-        f"| {p['load']} | {p['best_fixed_k']} | "
+        f"| {p['load']} | {p['rounds']} | {p['best_fixed_k']} | "
         f"{p['fixed_ratios_to_off'][str(p['best_fixed_k'])]:.2f} | "
         f"{p['adaptive_ratio_to_off']:.2f} | {p['ratio_to_best_fixed']:.3f} "
         f"({p['ratio_quartiles'][0]:.2f} to {p['ratio_quartiles'][1]:.2f}) |"

@@ -195,6 +195,7 @@ def summarize_point(
     steps = [sum(counts) for counts in zip(*(r[adaptive].steps_per_k for r in rounds), strict=True)]
     return {
         "load": load.name,
+        "rounds": len(rounds),
         "best_fixed_k": int(best),
         "fixed_ratios_to_off": {side: round(over_off[side], 3) for side in sorted(fixed)},
         "adaptive_ratio_to_off": round(over_off[adaptive], 3),

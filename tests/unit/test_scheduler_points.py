@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness.scheduler_points import Load, Slice, summarize_point
+from benchmarks.scheduler import with_new_points
 
 LOAD = Load(num_reqs=2, num_prompt_tokens=32)
 
@@ -38,3 +39,15 @@ def test_the_sign_is_wrong_when_most_steps_draft_and_plain_decoding_is_best() ->
     assert not summarize_point(LOAD, measured, "adaptive")["sign_right"]
     measured = rounds(*[{"0": 10, "1": 9, "adaptive": 9}] * 3, steps=[5, 4])
     assert summarize_point(LOAD, measured, "adaptive")["sign_right"]
+
+
+def test_a_load_that_is_measured_again_replaces_its_point_in_its_place() -> None:
+    old = [{"load": name, "ratio": 0} for name in ("1x32", "4x32", "1x512")]
+    new = [{"load": name, "ratio": 1} for name in ("2x32", "4x32")]
+    merged = with_new_points(old, new)
+    assert [(point["load"], point["ratio"]) for point in merged] == [
+        ("1x32", 0),
+        ("2x32", 1),
+        ("4x32", 1),
+        ("1x512", 0),
+    ]
