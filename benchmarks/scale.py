@@ -39,7 +39,10 @@ COUNTS = (1, 2, 4, 1)
 WARM_UP_TOKENS = 8
 TIMELINE_INTERVAL_S = 5.0
 ROUTER = RouterPlan(num_engines=64, num_in_flight=2000, n=4, warm_up_s=6.0, duration_s=10.0)
-BARS = {"two_engine_ratio": {"at_least": 1.8}, "failed_requests": {"at_most": 0}}
+BARS: dict[str, dict[str, float]] = {
+    "two_engine_ratio": {"at_least": 1.8},
+    "failed_requests": {"at_most": 0},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,8 @@ class LiveGroup:
     """Where it is now; None while it waits."""
     ahead: Placement | None = None
     """Where its samples go on that the present engine is late with."""
+    late_on: str | None = None
+    """The engine that is late with them, from when it is told to stop to the next hand-over."""
     since_s: float | None = None
     """When its first engine got it."""
     request_ids: tuple[str, ...] = ()

@@ -39,11 +39,18 @@ class Reservations:
         if placement is None and not live.is_aborted:
             request = live.request
             needed = room_for(request, num_samples)
-            placement = await self._queue.acquire(request.request_id, needed, request.session_id)
+            if (
+                live.late_on is not None
+            ):  # what was reserved is gone: not back to where it came from
+                placement = self._queue.reserve_elsewhere(live.late_on, needed)
+            if placement is None:
+                placement = await self._queue.acquire(
+                    request.request_id, needed, request.session_id
+                )
         if placement is None:
             yield None
             return
-        live.placement = placement
+        live.placement, live.late_on = placement, None
         if live.since_s is None:
             live.since_s = self._clock()
         try:

@@ -83,6 +83,7 @@ class StragglerWatch:
         group.ahead = self._queue.reserve_elsewhere(handle.engine_id, needed)
         if group.ahead is None:
             return
+        group.late_on = handle.engine_id
         work.begin_handover()
         with log_context(group_id=group.request.request_id, engine_id=handle.engine_id):
             LOGGER.info(

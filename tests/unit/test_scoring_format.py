@@ -143,7 +143,9 @@ def test_format_has_its_parameters(completion: str, params: dict[str, Any], rewa
 
 
 @given(
-    st.text(alphabet=st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "a", " "]))
+    st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "a", " "])).map(
+        "".join
+    )
 )
 def test_whatever_the_order_of_tags_only_the_one_form_is_right(completion: str) -> None:
     form = r" *<think>[a ]*a[a ]*</think> *<answer>[a ]*a[a ]*</answer> *"
