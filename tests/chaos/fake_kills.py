@@ -20,7 +20,7 @@ import httpx
 
 from shared.types import EngineState
 from tests.fakes.pool import FakePool
-from tests.fakes.service import fake_service, running
+from tests.fakes.service import fake_service, running, until
 from tests.fakes.walking_engine import WalkingEngine, completion
 
 NUM_ENGINES = 4
@@ -84,6 +84,8 @@ class FakeKillRun:
             self.counts.kept_tokens = service.router.num_kept_tokens
             self.counts.handed_over = service.router.stragglers.num_handed_over
             accounts = service.router.accounts
+            # Requests whose clients have left run on: they have a name to be asked for by.
+            await until(lambda: accounts.num_pending == 0, "what clients left to end")
             delivered = sum(
                 accounts_part for accounts_part in (accounts.num_delivered, accounts.num_cancelled)
             )
