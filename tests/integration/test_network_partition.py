@@ -56,9 +56,16 @@ class Service:
         self.near, self.far, self.cable = near, far, cable
         self._directory = directory
         self._environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("SLIPSTREAM_")},
+            # gRPC would ask a proxy, of which there is none between these hosts.
+            **{
+                k: v
+                for k, v in os.environ.items()
+                if not k.startswith("SLIPSTREAM_") and not k.lower().endswith("_proxy")
+            },
             "PYTHONPATH": str(ROOT),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # These hosts are alone; by default the head would ask the others for a token.
+            "RAY_AUTH_MODE": "disabled",
         }
         gcs = f"{near.address}:{GCS_PORT}"
         head = ("--head", f"--port={GCS_PORT}", "--include-dashboard=false")

@@ -87,7 +87,7 @@ async def test_samples_that_are_told_to_stop_go_on_elsewhere_with_all_they_had(
 ) -> None:
     await speculate(engine, 3)
     prompt = random_prompts(1, seed=33)[0]
-    request = group("late", prompt, 2, greedy(300))
+    request = group("late", prompt, 1, greedy(300))
     work = GroupWork(request, lambda prompt, ids: "", may_continue=True)
     (piece,) = work.pieces()
     running = asyncio.create_task(engine.generate(request))
