@@ -133,8 +133,7 @@ def _be_tested(
     # Whatever the code raises, SystemExit included, fails its test.
     except BaseException as exc:  # noqa: BLE001
         error = type(exc).__name__
-        with contextlib.suppress(BaseException):  # its text may be code, too
-            error = f"{error}: {exc}"[:MAX_ERROR_CHARS]
+        error = f"{error}: {exc}"[:MAX_ERROR_CHARS]  # raises if the text is code that does
     finally:
         try:
             verdict = json.dumps({"token": token, "error": error})

@@ -127,7 +127,7 @@ class WaitingSamples:
 
     def put(self, span: SampleSpan) -> None:
         """Queue samples of a group, or what is left of them."""
-        if len(span) > 0 and not span.group.is_abandoned:
+        if len(span) > 0:
             self.num_samples += len(span)
             self._spans.put_nowait(span)
 
