@@ -25,7 +25,7 @@ from benchmarks.harness.engines import (
     set_draft_length,
 )
 from benchmarks.harness.results import print_last_line, write_result
-from benchmarks.speculation import NUM_PROMPT_TOKENS, VOCAB_SIZE, engine_spec
+from benchmarks.harness.speculation_sides import NUM_PROMPT_TOKENS, VOCAB_SIZE, engine_spec
 from rollout_server.engine import arguments
 from rollout_server.engine.actor import EngineActor
 from shared.types import DrafterScheme

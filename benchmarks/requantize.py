@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.harness.engines import ensure_model, running_engine
 from benchmarks.harness.results import print_last_line, write_result
-from benchmarks.speculation import engine_spec
+from benchmarks.harness.speculation_sides import engine_spec
 from rollout_server.drafter.plan import DrafterPlan
 from rollout_server.engine.arguments import engine_environment
 from shared.config.engine import DrafterConfig

@@ -41,20 +41,24 @@ def speculation_table(document: dict[str, Any]) -> str:
             cells = [_ratio(points[batch, scheme, k]) for k in lengths]
             lines.append(_row([str(batch), plain, scheme, *cells]))
     off = ", ".join(
-        f"{ratio:.3f} ({_spread(result['off_ratio_quartiles'][batch])}) at {batch}"
+        f"{ratio:.3f} ({_spread(_range(result['off_ratio_of_sets'][batch]))}) at {batch}"
         for batch, ratio in result["off_ratio"].items()
     )
     acceptance = " and ".join(
         _acceptance(scheme, points[batches[0], scheme, lengths[-1]]) for scheme in schemes
     )
     repeats = len(document["raw"]["speculation"][str(batches[0])])
-    off_repeats = len(next(iter(document["raw"]["off"].values())))
+    off = f"{off}; of two engines without a drafter to each other: " + ", ".join(
+        f"{_spread(_range(ratios))} at {batch}"
+        for batch, ratios in result["off_control_of_sets"].items()
+    )
+    num_sets = len(document["raw"]["off"])
     lines += [
         "",
         f"Ratios to the engine without a drafter, alternating in one run: median (spread) of "
         f"{repeats} repeats. Mean acceptance length at batch {batches[0]} and K = {lengths[-1]}: "
-        f"{acceptance}. Switched off, measured apart with {off_repeats} alternations of two sides "
-        f"({result['off_scheme']}), median and quartiles: {off}. "
+        f"{acceptance}. Switched off ({result['off_scheme']}), measured apart over {num_sets} sets "
+        f"of fresh engines, median and range of the sets: {off}. "
         + _circumstances(document["circumstances"]),
     ]
     return "\n".join(lines)
@@ -66,6 +70,10 @@ def _acceptance(scheme: str, point: dict[str, Any]) -> str:
 
 def _ratio(point: dict[str, Any]) -> str:
     return f"{point['ratio']:.2f}x ({_spread([point['ratio_min'], point['ratio_max']], 2)})"
+
+
+def _range(values: list[float]) -> list[float]:
+    return [min(values), max(values)]
 
 
 def _spread(bounds: list[float], digits: int = 3) -> str:

@@ -39,13 +39,19 @@ def write_result(result: dict[str, Any], raw: Any) -> Path:
     return path
 
 
-def read_result(bench: str) -> dict[str, Any] | None:
-    """What an earlier run left under this name."""
+def read_document(bench: str) -> dict[str, Any] | None:
+    """All that an earlier run left under this name, as ``write_result`` keeps it."""
     path = RESULTS_DIRECTORY / f"{bench}.json"
     if not path.exists():
         return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]
-    return result
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def read_result(bench: str) -> dict[str, Any] | None:
+    """The result alone."""
+    document = read_document(bench)
+    return None if document is None else dict(document["result"])
 
 
 def print_last_line(result: dict[str, Any]) -> None:

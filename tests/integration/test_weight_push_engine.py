@@ -81,14 +81,22 @@ async def test_running_sequences_carry_on_and_say_which_tokens_are_whose(
     running = asyncio.create_task(
         generate(engine, random_prompts(4, seed=5), greedy(400), name="running")
     )
-    await asyncio.sleep(0.2)
-    assert (await engine.load())["num_running_reqs"] == 4
+    await until_running(engine, 4)
     await push(engine, pushable[1], version, tmp_path)
     for (sample,) in await running:
         spans = sample.weight_versions
         assert [span.version for span in spans] == [version - 1, version]
         assert spans[0].start == 0
         assert 0 < spans[0].end == spans[1].start < spans[1].end == len(sample.token_ids) == 400
+
+
+async def until_running(engine: EngineActor, num_reqs: int) -> None:
+    """Until so many requests run and have tokens: on a fast machine they do not run for long."""
+    begun = (await engine.load())["num_generation_tokens"]
+    load = {"num_running_reqs": 0, "num_generation_tokens": begun}
+    while load["num_running_reqs"] < num_reqs or load["num_generation_tokens"] < begun + 8:
+        await asyncio.sleep(0.005)
+        load = await engine.load()
 
 
 async def stage_new_weights(engine: EngineActor, like: Path, version: int, directory: Path) -> Path:
@@ -110,8 +118,7 @@ async def test_kept_sequences_can_go_on_as_if_the_new_model_had_read_them(
     new_model = await stage_new_weights(engine, model, version, tmp_path)
     await speculate(engine, 3)
     running = asyncio.create_task(generate(engine, prompts, greedy(300), name="recomputed"))
-    await asyncio.sleep(0.3)
-    assert (await engine.load())["num_running_reqs"] == len(prompts)
+    await until_running(engine, len(prompts))
     await engine.commit(version, PauseMode.KEEP, recompute_kv=True)
     for prompt, (sample,) in zip(prompts, await running, strict=True):
         old, new = sample.weight_versions
@@ -133,7 +140,7 @@ async def test_the_drafter_is_rebuilt_beside_what_runs_and_drafts_nothing_until_
     running = asyncio.create_task(
         generate(engine, random_prompts(2, seed=18), greedy(400), name="beside")
     )
-    await asyncio.sleep(0.3)
+    await until_running(engine, 2)
     await engine.load_weights(version, PauseMode.KEEP)
     await engine.resume()
     assert (await engine.load())["drafter_version"] < version

@@ -22,10 +22,11 @@ def document(ratio: float) -> dict[str, object]:
     result = {
         "points": points,
         "off_ratio": {"1": 0.991},
-        "off_ratio_quartiles": {"1": [0.98, 1.0]},
+        "off_ratio_of_sets": {"1": [0.991, 0.98, 1.0]},
+        "off_control_of_sets": {"1": [0.99, 1.02, 1.01]},
         "off_scheme": "int8",
     }
-    raw = {"speculation": {"1": [{}, {}]}, "off": {"1": [{}] * 9}}
+    raw = {"speculation": {"1": [{}, {}]}, "off": [{}, {}, {}]}
     return {"result": result, "circumstances": circumstances, "raw": raw}
 
 
@@ -41,7 +42,10 @@ def test_a_changed_result_changes_the_table(tmp_path: Path) -> None:
     (tmp_path / "speculation.json").write_text(json.dumps(document(1.25)))
     changed = with_figures(text, tmp_path)
     assert "| 1 | 10.0 | int8 | 0.99x (1.00 to 2.00) | 1.25x (1.00 to 2.00) |" in changed
-    assert "0.991 (0.980 to 1.000) at 1" in changed
+    assert (
+        "3 sets of fresh engines, median and range of the sets: 0.991 (0.980 to 1.000)" in changed
+    )
+    assert "without a drafter to each other: 0.990 to 1.020 at 1" in changed
     assert "old" not in changed
     assert changed.startswith("a\n")
     assert changed.endswith("\nb")
