@@ -114,6 +114,15 @@ def test_groups_come_in_the_order_of_the_prompts_and_each_step_has_its_own(bench
     assert sorted(bench.stub.request_ids) == ["first/step=1", "first/step=2", "first/step=3"]
 
 
+def test_by_turns_nothing_of_the_sampling_is_hidden(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.batches.ask()
+    batch = bench.batches.take(1, bench.is_stale, lambda num_groups, num_expected: None)
+    assert batch is not None
+    assert batch.timing.hidden_fraction == 0
+    assert batch.timing.wait_s >= batch.timing.sample_s > 0
+
+
 def test_groups_that_are_too_old_or_aborted_or_missing_are_sampled_again_once(
     bench: Bench,
 ) -> None:
