@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -252,9 +253,14 @@ def test_an_abort_that_came_too_early_is_repeated_when_a_group_comes(tmp_path: P
 
 def test_a_server_that_is_away_ends_the_retries_with_the_stop(bench: Bench) -> None:
     bench.stub.errors["first/step=1"] = 503, "unavailable"
-    bench.batches.ask()
+    found: list[object] = []
+    waiting = threading.Thread(target=lambda: found.append(bench.take(1)))
+    waiting.start()
+    while "first/step=1" not in bench.stub.request_ids:
+        time.sleep(0.01)
     bench.stop.set()
-    assert bench.take(1) is None
+    waiting.join(LIMIT_S)
+    assert found == [None], "it neither failed nor waited on"
 
 
 class HastyClock(SystemClock):
