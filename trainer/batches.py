@@ -62,9 +62,12 @@ class TrainingBatches:
             num_ahead=config.batches_ahead,
         )
         self._requests: dict[int, SamplingRequest] = {}
+        self._wanted_s = clock.monotonic_s()
 
     def ask(self) -> None:
-        """Ask for everything that is due."""
+        """Ask for everything that is due. From now on the next step waits for its batch."""
+        # Before: by turns, not a moment of the sampling counts as hidden.
+        self._wanted_s = self._clock.monotonic_s()
         for step in self._plan.due():
             request_id = self._earlier.get(step, self._new_id(step))
             request = self._start(step, request_id, self._problems(step))
@@ -82,7 +85,7 @@ class TrainingBatches:
         def on_news(num_groups: int) -> None:
             on_progress(num_groups, len(problems))
 
-        self._plan.wanted(step, self._clock.monotonic_s())
+        self._plan.wanted(step, self._wanted_s)
         if not self._wait(step, problems, on_news):
             return None
         self._note_ends()

@@ -54,6 +54,7 @@ def test_training_learns_and_leaves_a_complete_record(
         assert record["weights/paused_s"] == PAUSED_S
         assert record["rollout/num_draft_tokens"] == 4 * 4 * 4
         assert record["rollout/mean_acceptance_length"] == 2.5
+        assert record["lag/max"] == record["rollout/hidden_fraction"] == 0
 
     rollouts = records(config, "rollouts.jsonl")
     assert len(rollouts) == NUM_STEPS * 16

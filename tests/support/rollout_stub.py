@@ -27,7 +27,7 @@ class RolloutStub:
         self.requests: list[RolloutRequest] = []
         self.aborted: list[str] = []
         self.errors: dict[str, tuple[int, str]] = {}
-        """Status and code of the next answer to a request id."""
+        """Status and code of every answer to a request id."""
 
     def client(self, stop: threading.Event, *, timeout_s: float = 20.0) -> RolloutClient:
         """A client of it whose retries end with ``stop``."""
@@ -45,7 +45,7 @@ class RolloutStub:
             return httpx.Response(200, json={})
         request = RolloutRequest.model_validate_json(http.content)
         self.requests.append(request)
-        error = self.errors.pop(str(request.request_id), None)
+        error = self.errors.get(str(request.request_id))
         if error is not None:
             status, code = error
             body = {"code": code, "type": "error", "message": f"no: {code}", "param": None}

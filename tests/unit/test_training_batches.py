@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -112,6 +113,15 @@ def test_groups_come_in_the_order_of_the_prompts_and_each_step_has_its_own(bench
     assert [group.answer for group in bench.take(2) or ()] == ["1.0", "1.1", "1.2"]
     bench.settle()
     assert sorted(bench.stub.request_ids) == ["first/step=1", "first/step=2", "first/step=3"]
+
+
+def test_by_turns_nothing_of_the_sampling_is_hidden(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.batches.ask()
+    batch = bench.batches.take(1, bench.is_stale, lambda num_groups, num_expected: None)
+    assert batch is not None
+    assert batch.timing.hidden_fraction == 0
+    assert batch.timing.wait_s >= batch.timing.sample_s > 0
 
 
 def test_groups_that_are_too_old_or_aborted_or_missing_are_sampled_again_once(
@@ -243,9 +253,14 @@ def test_an_abort_that_came_too_early_is_repeated_when_a_group_comes(tmp_path: P
 
 def test_a_server_that_is_away_ends_the_retries_with_the_stop(bench: Bench) -> None:
     bench.stub.errors["first/step=1"] = 503, "unavailable"
-    bench.batches.ask()
+    found: list[object] = []
+    waiting = threading.Thread(target=lambda: found.append(bench.take(1)))
+    waiting.start()
+    while "first/step=1" not in bench.stub.request_ids:
+        time.sleep(0.01)
     bench.stop.set()
-    assert bench.take(1) is None
+    waiting.join(LIMIT_S)
+    assert found == [None], "it neither failed nor waited on"
 
 
 class HastyClock(SystemClock):
