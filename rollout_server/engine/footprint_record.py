@@ -30,7 +30,7 @@ from rollout_server.engine.footprint import (
     SHARED_MEMORY,
     own_footprint,
 )
-from shared.process_identity import pid_namespace, process_start_ticks
+from shared.process_identity import pid_namespace, process_lives, process_start_ticks
 
 LOGGER = logging.getLogger(__name__)
 
@@ -82,10 +82,15 @@ class FootprintRecord:
                 LOGGER.warning("footprint %s not written: %s", self._path, exc.strerror)
 
     def remove(self) -> None:
-        """The engine has shut down. What this process itself would leave if it were killed now, as
-        Ray's actors are, stays on record."""
+        """The engine has shut down. Of children that had to be killed for that, OpenMP's files go;
+        what this process itself would leave if it were killed now, as Ray's actors are, stays on
+        record."""
         with self._lock, contextlib.suppress(OSError):
-            if not any(self._path.parent.glob(OPENMP_FILE.format(pid=os.getpid()))):
+            directory, own = self._path.parent, os.getpid()
+            if self._last is not None:
+                ended = tuple(one for one in self._last.processes if not process_lives(*one))
+                _remove_files(directory, _Recorded(processes=ended, files=()))
+            if not any(directory.glob(OPENMP_FILE.format(pid=own))):
                 self._last = None
                 self._path.unlink(missing_ok=True)
 
@@ -120,7 +125,7 @@ def sweep_dead_engines(directory: Path = SHARED_MEMORY) -> list[str]:
         name = NAME.fullmatch(path.name)
         if name is None or int(name["namespace"]) != pid_namespace() or not _is_own_file(path):
             continue
-        if _lives(int(name["pid"]), int(name["start"])):
+        if process_lives(int(name["pid"]), int(name["start"])):
             continue
         recorded = _read(path)
         if recorded is not None:
@@ -180,8 +185,8 @@ def _remove_files(directory: Path, recorded: _Recorded) -> list[str]:
         for name in recorded.files
         if name.startswith(MAPPED_PREFIXES) and Path(name).name == name
     ]
-    for pid, _ in recorded.processes:
-        if not Path(f"/proc/{pid}").exists():  # else it is another's by now, and so is its file
+    for pid, start in recorded.processes:
+        if process_start_ticks(pid) in (None, start):  # else it is another's, and so is its file
             paths += directory.glob(OPENMP_FILE.format(pid=pid))
     own = [path for path in paths if _is_own_file(path)]
     for path in own:
@@ -192,17 +197,11 @@ def _remove_files(directory: Path, recorded: _Recorded) -> list[str]:
 def _have_ended(processes: Iterable[tuple[int, int]]) -> bool:
     """Children end soon after the process that hosts their engine."""
     deadline_s = time.monotonic() + EXIT_TIMEOUT_S
-    while any(_lives(pid, start) for pid, start in processes):
+    while any(process_lives(pid, start) for pid, start in processes):
         if time.monotonic() > deadline_s:
             return False
         time.sleep(POLL_S)
     return True
-
-
-def _lives(pid: int, start: int) -> bool:
-    """Whether this very process is there; one that cannot be looked up may be."""
-    found = process_start_ticks(pid)
-    return Path(f"/proc/{pid}").exists() if found is None else found == start
 
 
 def _is_own_file(path: Path) -> bool:

@@ -223,6 +223,26 @@ def test_a_record_is_kept_up_while_children_come_and_keeps_those_that_go(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_shutdown_that_had_to_kill_leaves_nothing_of_the_killed(tmp_path: Path) -> None:
+    record = FootprintRecord(tmp_path)
+    children = [
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)
+    ]
+    try:
+        for child in children:
+            (tmp_path / f"__KMP_REGISTERED_LIB_{child.pid}_{os.getuid()}").touch()
+        record.write()
+        children[0].kill()
+        children[0].wait(10)
+        record.remove()
+        (left,) = tmp_path.iterdir()
+        assert left.name.startswith(f"__KMP_REGISTERED_LIB_{children[1].pid}_")
+    finally:
+        for child in children:
+            child.kill()
+            child.wait(10)
+
+
 def test_a_process_with_an_openmp_file_of_its_own_stays_on_record(tmp_path: Path) -> None:
     (tmp_path / f"__KMP_REGISTERED_LIB_{os.getpid()}_{os.getuid()}").touch()
     record = FootprintRecord(tmp_path)
