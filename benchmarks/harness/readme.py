@@ -59,7 +59,8 @@ def speculation_table(document: dict[str, Any]) -> str:
         f"{repeats} repeats. Mean acceptance length at batch {batches[0]} and K = {lengths[-1]}: "
         f"{acceptance}. Switched off ({result['off_scheme']}), measured apart over {num_sets} sets "
         f"of fresh engines, median and range of the sets: {off}. "
-        + _circumstances(document["circumstances"]),
+        + _circumstances(document["circumstances"])
+        + f" Measured: {', '.join(f'{part} of {c}' for part, c in result['commits'].items())}.",
     ]
     return "\n".join(lines)
 

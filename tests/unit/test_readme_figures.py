@@ -25,6 +25,7 @@ def document(ratio: float) -> dict[str, object]:
         "off_ratio_of_sets": {"1": [0.991, 0.98, 1.0]},
         "off_control_of_sets": {"1": [0.99, 1.02, 1.01]},
         "off_scheme": "int8",
+        "commits": {"points": "abc", "off": "def"},
     }
     raw = {"speculation": {"1": [{}, {}]}, "off": [{}, {}, {}]}
     return {"result": result, "circumstances": circumstances, "raw": raw}
