@@ -31,7 +31,8 @@ class CpuParts:
         """Wrap what a rollout passes through. For the rest of the process's life."""
         self._function(RolloutRequest, "model_validate_json", "parse and validate")
         self._function(data_plane, "check_rollout", "check limits")
-        self._function(registry, "_digest", "digest")
+        self._function(registry, "body_of", "digest")
+        self._function(registry, "digest_of", "digest")
         self._thread(registry, "prepare_prompts", "tokenize")
         self._coroutine(registry.RolloutRegistry, "submit", "register")
         self._coroutine(execution.RolloutExecution, "_run", "run groups")
