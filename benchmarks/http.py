@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.bars import judged
 from benchmarks.harness.engine_over_http import EnginePlan, compare_with_engine
 from benchmarks.harness.results import print_last_line, write_result
 from benchmarks.harness.server_cost import measure_cpu_parts, measure_requests_per_s
@@ -69,18 +70,6 @@ def _median(rounds: list[dict[str, float]], name: str) -> float:
     return round(statistics.median(entry[name] for entry in rounds), 3)
 
 
-def judged(result: dict[str, Any]) -> dict[str, Any]:
-    """Each bar with its verdict; what was not measured is not met."""
-    verdicts = {}
-    for name, bar in BARS.items():
-        value = result[name]
-        met = value is not None and (
-            value >= bar["at_least"] if "at_least" in bar else value <= bar["at_most"]
-        )
-        verdicts[name] = {"value": value, **bar, "met": met}
-    return verdicts
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
@@ -110,7 +99,7 @@ def main() -> int:
         )
         figures, raw["engine"] = asyncio.run(compare_with_engine(plan))
         result |= figures
-    result["bars"] = judged(result)
+    result["bars"] = judged(result, BARS)
     result["repeats"] = options.repeats
     if options.only is None:
         write_result(result, raw)

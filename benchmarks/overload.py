@@ -14,6 +14,7 @@ import statistics
 import sys
 from typing import Any
 
+from benchmarks.harness.bars import judged
 from benchmarks.harness.http_load import DROPPED, Load, closed_loop, open_loop, request_bytes
 from benchmarks.harness.modelled_engine import EngineTimes
 from benchmarks.harness.modelled_server import ModelledServer
@@ -31,7 +32,7 @@ PEAK_CONCURRENCY = MAX_PENDING_SAMPLES // SAMPLES_PER_GROUP * 3 // 4
 OVERLOAD_FACTOR = 10
 WARM_UP_S = 2.0
 DRAIN_S = 3.0
-BARS = {"goodput_ratio": 0.9, "rss_growth_mb": 50.0}
+BARS = {"goodput_ratio": {"at_least": 0.9}, "rss_growth_mb": {"at_most": 50.0}}
 
 
 def request_of(number: int) -> bytes:
@@ -134,18 +135,7 @@ def summarize(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         "rss_mb": round(max(r["rss_mb"] for r in rounds), 1),
         "repeats": len(rounds),
     }
-    result["bars"] = {
-        "goodput_ratio": {
-            "value": result["goodput_ratio"],
-            "at_least": BARS["goodput_ratio"],
-            "met": result["goodput_ratio"] >= BARS["goodput_ratio"],
-        },
-        "rss_growth_mb": {
-            "value": result["rss_growth_mb"],
-            "at_most": BARS["rss_growth_mb"],
-            "met": result["rss_growth_mb"] <= BARS["rss_growth_mb"],
-        },
-    }
+    result["bars"] = judged(result, BARS)
     return result
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.bars import judged
 from benchmarks.harness.checked_load import GroupShape, checked_loop, group_request
 from benchmarks.harness.engines import ensure_model
 from benchmarks.harness.real_server import RealServer
@@ -192,18 +193,6 @@ def measure_routers(repeats: int) -> tuple[dict[str, Any], list[dict[str, float]
     return router_figures(rounds), rounds
 
 
-def judged(result: dict[str, Any]) -> dict[str, Any]:
-    """Each bar with its verdict; what was not measured is not met."""
-    verdicts = {}
-    for name, bar in BARS.items():
-        value = result[name]
-        met = value is not None and (
-            value >= bar["at_least"] if "at_least" in bar else value <= bar["at_most"]
-        )
-        verdicts[name] = {"value": value, **bar, "met": met}
-    return verdicts
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
@@ -232,7 +221,7 @@ def main() -> int:
     if options.only != "router":
         figures, raw["engines"] = asyncio.run(measure_engines(options))
         result |= figures
-    result["bars"] = judged(result)
+    result["bars"] = judged(result, BARS)
     result["repeats"] = options.repeats
     if options.only is None:
         write_result(result, raw)

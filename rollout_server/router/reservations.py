@@ -39,9 +39,8 @@ class Reservations:
         if placement is None and not live.is_aborted:
             request = live.request
             needed = room_for(request, num_samples)
-            if (
-                live.late_on is not None
-            ):  # what was reserved is gone: not back to where it came from
+            if live.late_on is not None:
+                # What was reserved is gone: not back to where it came from.
                 placement = self._queue.reserve_elsewhere(live.late_on, needed)
             if placement is None:
                 placement = await self._queue.acquire(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness.bars import judged
 from benchmarks.harness.engine_over_http import (
     ClientProcess,
     EnginePlan,
@@ -17,7 +18,7 @@ from benchmarks.harness.engine_over_http import (
 )
 from benchmarks.harness.modelled_engine import VOCAB_SIZE, EngineTimes, ModelledEngine
 from benchmarks.harness.modelled_server import ModelledServer
-from benchmarks.http import judged
+from benchmarks.http import BARS
 
 PLAN = EnginePlan(model=Path("m"), repeats=1, num_groups=6, num_tokens=5, n=3, concurrency=2)
 
@@ -64,6 +65,7 @@ def test_ratios_and_differences_are_taken_within_a_repeat() -> None:
 
 def test_what_was_not_measured_is_not_met() -> None:
     verdicts = judged(
-        {"throughput_ratio": 0.96, "added_latency_ms_p50": 5.1, "fake_engine_requests_per_s": None}
+        {"throughput_ratio": 0.96, "added_latency_ms_p50": 5.1, "fake_engine_requests_per_s": None},
+        BARS,
     )
     assert [verdicts[name]["met"] for name in verdicts] == [True, False, False]

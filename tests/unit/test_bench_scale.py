@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.harness.bars import judged
 from benchmarks.harness.checked_load import (
     GroupShape,
     Outcome,
@@ -27,7 +28,7 @@ from benchmarks.harness.scale_steps import (
     run_elastic,
     timeline,
 )
-from benchmarks.scale import ThroughputPlan, judged, throughput, throughput_figures
+from benchmarks.scale import BARS, ThroughputPlan, throughput, throughput_figures
 
 SHAPE = GroupShape(n=2, num_tokens=5)
 PACED = EngineTimes(step_s=0.002, max_num_seqs=4)
@@ -138,9 +139,9 @@ def test_ratios_are_taken_within_a_repeat() -> None:
 
 
 def test_what_was_not_measured_is_not_met() -> None:
-    met = judged({"two_engine_ratio": 1.8, "failed_requests": 0})
-    missed = judged({"two_engine_ratio": 1.79, "failed_requests": 1})
-    unknown = judged({"two_engine_ratio": None, "failed_requests": None})
+    met = judged({"two_engine_ratio": 1.8, "failed_requests": 0}, BARS)
+    missed = judged({"two_engine_ratio": 1.79, "failed_requests": 1}, BARS)
+    unknown = judged({"two_engine_ratio": None, "failed_requests": None}, BARS)
     assert [verdict["met"] for verdict in met.values()] == [True, True]
     assert [verdict["met"] for verdict in missed.values()] == [False, False]
     assert [verdict["met"] for verdict in unknown.values()] == [False, False]
