@@ -87,7 +87,7 @@ async def test_clients_report_whole_answers_refusals_and_a_server_that_is_gone()
 
 async def test_engines_that_join_find_work_and_nothing_fails() -> None:
     plan = ElasticPlan(
-        counts=(1, 2, 4), hold_s=0.3, concurrency=8, shape=SHAPE, vocab_size=VOCAB_SIZE
+        counts=(1, 2, 4), hold_s=1.5, concurrency=8, shape=SHAPE, vocab_size=VOCAB_SIZE
     )
     with ModelledServer(times=PACED, num_engines=1) as server:
         run = await run_elastic(server.port, plan)
