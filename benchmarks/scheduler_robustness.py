@@ -10,7 +10,8 @@ Three scenarios on a real engine with the wide model, each run with speculation 
 
 Both sides make the same tokens, so they are compared by progress: for every window of 30 seconds of
 the adaptive run, the seconds that off needed for the same tokens over 30. Recovery is the time from
-the event to the last change of the draft length that followed it within ten seconds.
+the event to the last choice, of the ten seconds after it, that hindsight calls bad
+(``harness/recovery.py``).
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.engines import ensure_model, running_engine
 from benchmarks.harness.progress import Progress, worst_window
+from benchmarks.harness.recovery import Hindsight, Recovery, recovery
 from benchmarks.harness.results import print_last_line, write_result
 from benchmarks.harness.worker_probes import (
     SERIALIZATION_VARIABLE,
@@ -41,14 +43,25 @@ from benchmarks.harness.worker_probes import (
 from benchmarks.scheduler import ADAPTIVE, MIXED_SIDES, VOCAB_SIZE, engine_spec
 from rollout_server.engine.actor import EngineActor
 from rollout_server.engine.protocol import GenerateRequest
+from rollout_server.speculation.calibration import find_calibration
+from rollout_server.speculation.cost_model import CostModel
 from shared.schemas.rollouts import SamplingOptions
 from shared.schemas.speculation import SpeculationStep
-from shared.types import SpeculationReason
+from shared.types import DrafterScheme
 
-SETTLING_S = 10.0
 TURN_S = 0.005
 COLLAPSED_ACCEPTANCE = 0.3
 NUM_PROMPT_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a scenario did to the engine."""
+
+    began_unix_s: float
+    ended_unix_s: float = float("inf")
+    acceptance: float | None = None
+    """Of every position while it lasted; None: not touched."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,7 +70,9 @@ class Run:
 
     progress: list[tuple[float, int]]
     """Seconds since the start, tokens made until then."""
-    event_unix_s: float
+    event: Event
+    acceptance_per_pos: tuple[float, ...]
+    """Known at the end of the run."""
     steps: list[SpeculationStep]
 
     @property
@@ -118,39 +133,40 @@ def process_id(worker: Any) -> int:
     return os.getpid()
 
 
-async def slow(engine: EngineActor, progress: Progress, name: str) -> float:
+async def slow(engine: EngineActor, progress: Progress, name: str) -> Event:
     """Two sequences; from a third on the worker gets half of the time."""
     pid = await in_worker(engine, process_id)
     work = asyncio.create_task(sequences(engine, name, 2, 700))
     await progress.reached(450)
-    event = time.time()
+    began = time.time()
     with at_half_speed(pid):
         await work
-    return event
+    return Event(began)
 
 
-async def burst(engine: EngineActor, progress: Progress, name: str) -> float:
+async def burst(engine: EngineActor, progress: Progress, name: str) -> Event:
     """One sequence, joined by 23."""
     alone = asyncio.create_task(sequences(engine, f"{name}-alone", 1, 900))
     await progress.reached(300)
-    event = time.time()
+    began = time.time()
     await sequences(engine, f"{name}-burst", 23, 100)
     await alone
-    return event
+    return Event(began)
 
 
-async def collapse(engine: EngineActor, progress: Progress, name: str) -> float:
+async def collapse(engine: EngineActor, progress: Progress, name: str) -> Event:
     """Two sequences; from the first to the second third drafts are hardly ever accepted."""
     work = asyncio.create_task(sequences(engine, name, 2, 900))
     await progress.reached(600)
     await in_worker(engine, accept_synthetically, COLLAPSED_ACCEPTANCE)
     await engine._core("slipstream_set_weight_versions", *_next_versions())
-    event = time.time()
+    began = time.time()
     await progress.reached(1200)
+    ended = time.time()
     await in_worker(engine, accept_synthetically, None)
     await engine._core("slipstream_set_weight_versions", *_next_versions())
     await work
-    return event
+    return Event(began, ended, COLLAPSED_ACCEPTANCE)
 
 
 _version = 0
@@ -162,7 +178,7 @@ def _next_versions() -> tuple[int, int]:
     return _version, _version
 
 
-Scenario = Callable[[EngineActor, Progress, str], Awaitable[float]]
+Scenario = Callable[[EngineActor, Progress, str], Awaitable[Event]]
 SCENARIOS: dict[str, Scenario] = {"slow": slow, "burst": burst, "collapse": collapse}
 
 
@@ -174,27 +190,42 @@ async def run_side(engine: EngineActor, scenario: str, side: str, repeat: int) -
         # The same name for both sides: the same prompts.
         event = await SCENARIOS[scenario](engine, progress, f"{scenario}-{repeat}")
     report = await engine.speculation(before.num_steps)
-    return Run(progress=progress.points, event_unix_s=event, steps=report.history)
+    return Run(
+        progress=progress.points,
+        event=event,
+        acceptance_per_pos=tuple(report.acceptance_per_pos),
+        steps=report.history,
+    )
 
 
-def recovery_s(run: Run) -> float:
-    """From the event to the last change of the draft length in the seconds after it."""
-    settled = 0.0
-    length: int | None = None
-    for step in run.steps:
-        after = step.time_s - run.event_unix_s
-        if step.reason is SpeculationReason.EXPLORING:
-            continue
-        if length is not None and step.num_speculative_tokens != length and 0 < after < SETTLING_S:
-            settled = after
-        length = step.num_speculative_tokens
-    return settled
+def recovery_of(run: Run, cost_model: CostModel) -> Recovery:
+    """Judged by the acceptance that the scenario set, or that the engine had found by its end."""
+    event = run.event
+    acceptance = run.acceptance_per_pos
+    if event.acceptance is not None:
+        acceptance = (event.acceptance,) * len(acceptance)
+    hindsight = Hindsight(cost_model=cost_model, acceptance_per_pos=acceptance)
+    return recovery(run.steps, event.began_unix_s, event.ended_unix_s, hindsight)
+
+
+def calibrated_model(engine: EngineActor) -> CostModel:
+    """The cost model of this machine.
+
+    Raises:
+        SystemExit: it was not calibrated, so that nothing can be judged.
+    """
+    key = engine.calibration_key(DrafterScheme.INT8)
+    calibration = find_calibration(key, None)
+    if calibration is None:
+        raise SystemExit(f"no calibration {key.file_name}: run slipstream calibrate")
+    return calibration.cost_model
 
 
 async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     spec = engine_spec(model, num_places=24, kv_cache_mib=512)
     scenarios = []
     async with running_engine(spec) as engine:
+        cost_model = calibrated_model(engine)
         await sequences(engine, "warm-up", 4, 32)
         for name in options.scenarios:
             runs: list[dict[str, Run]] = []
@@ -203,7 +234,7 @@ async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
                 runs.append({side: await run_side(engine, name, side, repeat) for side in sides})
                 shown = {side: round(run.seconds, 1) for side, run in runs[-1].items()}
                 print(f"{name}, {repeat + 1}/{options.repeats}, seconds: {shown}", file=sys.stderr)
-            scenarios.append(summarize(name, runs))
+            scenarios.append(summarize(name, runs, cost_model))
         report = await engine.speculation(2**62)
     return {
         "bench": "scheduler_robustness",
@@ -212,16 +243,20 @@ async def measure(options: argparse.Namespace, model: Path) -> dict[str, Any]:
     }
 
 
-def summarize(name: str, runs: Sequence[dict[str, Run]]) -> dict[str, Any]:
+def summarize(name: str, runs: Sequence[dict[str, Run]], cost_model: CostModel) -> dict[str, Any]:
     """Medians over the repeats, and the worst of all windows."""
     ratios = [run["off"].seconds / run[ADAPTIVE].seconds for run in runs]
+    recoveries = [recovery_of(run[ADAPTIVE], cost_model) for run in runs]
     windows = [worst_window(run[ADAPTIVE].progress, run["off"].progress) for run in runs]
     return {
         "name": name,
         "ratio_to_off": round(statistics.median(ratios), 3),
         "worst_window_ratio": round(statistics.median(windows), 3),
         "worst_window_ratios": [round(window, 3) for window in windows],
-        "recovery_s": round(statistics.median(recovery_s(run[ADAPTIVE]) for run in runs), 2),
+        "recovery_s": round(statistics.median(r.last_bad_s for r in recoveries), 2),
+        "recoveries": [
+            {name: round(seconds, 2) for name, seconds in asdict(r).items()} for r in recoveries
+        ],
         "seconds": [{side: round(run.seconds, 1) for side, run in r.items()} for r in runs],
     }
 

@@ -8,6 +8,7 @@ engine's side of the comparison runs inside the engine's actor: nothing between 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import statistics
 import sys
@@ -92,8 +93,21 @@ async def run_task(task: Task, generate: Callable[[int], Awaitable[int]]) -> Out
     }
 
 
-def begin_inside(actor: Any, task: Task) -> None:
-    """Runs in the engine's process: start the task on its event loop."""
+def engine_loop(actor: Any) -> asyncio.AbstractEventLoop:
+    """The event loop an engine generates on: that of ``AsyncLLM.output_handler`` (vLLM 0.32.0)."""
+    loop: asyncio.AbstractEventLoop = actor._llm.output_handler.get_loop()
+    return loop
+
+
+def begin_inside(
+    actor: Any,
+    task: Task,
+    loop_of: Callable[[Any], asyncio.AbstractEventLoop] = engine_loop,
+) -> None:
+    """Runs in the engine's process: start the task on its event loop.
+
+    Ray calls a function like this one on a thread without a loop.
+    """
 
     async def generate(number: int) -> int:
         result = await actor.generate(
@@ -106,12 +120,14 @@ def begin_inside(actor: Any, task: Task) -> None:
         )
         return sum(len(sample.token_ids) for sample in result.samples)
 
-    actor.benchmark_task = asyncio.get_running_loop().create_task(run_task(task, generate))
+    actor.benchmark_task = asyncio.run_coroutine_threadsafe(
+        run_task(task, generate), loop_of(actor)
+    )
 
 
 def outcome_inside(actor: Any) -> Outcome | None:
     """Runs in the engine's process: the outcome, once it is there."""
-    task: asyncio.Task[Outcome] = actor.benchmark_task
+    task: concurrent.futures.Future[Outcome] = actor.benchmark_task
     return task.result() if task.done() else None
 
 

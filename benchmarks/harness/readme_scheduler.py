@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 
@@ -62,15 +63,21 @@ def robustness_table(document: dict[str, Any]) -> str:
     """A row per scenario."""
     result, facts = document["result"], document["circumstances"]
     lines = [
-        "| scenario | adaptive over off | worst 30 s | recovery, s |",
-        "|:---|---:|---:|---:|",
+        "| scenario | adaptive over off | worst 30 s | recovery, s | bad choices, s "
+        "| last change, s |",
+        "|:---|---:|---:|---:|---:|---:|",
     ]
     lines += [
         f"| {s['name']} | {s['ratio_to_off']:.2f} | {s['worst_window_ratio']:.2f} | "
-        f"{s['recovery_s']:.1f} |"
+        f"{s['recovery_s']:.1f} | {_median_of(s, 'bad_s'):.1f} | "
+        f"{_median_of(s, 'last_change_s'):.1f} |"
         for s in result["scenarios"]
     ]
     return "\n".join([*lines, "", "Medians over the repeats. " + _circumstances(facts)])
+
+
+def _median_of(scenario: dict[str, Any], name: str) -> float:
+    return statistics.median(recovery[name] for recovery in scenario["recoveries"])
 
 
 SIMULATED_POLICIES = {

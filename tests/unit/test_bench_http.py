@@ -31,7 +31,9 @@ async def test_the_clients_side_and_the_engines_side_get_the_same_tokens() -> No
         await client.start()
         for task in (batch, single):
             over_http = await client.run(task)
-            begin_inside(actor, task)
+            # From a thread without a loop, as Ray does it.
+            loop = asyncio.get_running_loop()
+            await asyncio.to_thread(begin_inside, actor, task, lambda _, loop=loop: loop)
             while (inside := outcome_inside(actor)) is None:  # noqa: ASYNC110 - as the bench does
                 await asyncio.sleep(0.001)
             assert over_http["num_tokens"] == inside["num_tokens"]
