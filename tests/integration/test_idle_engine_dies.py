@@ -27,7 +27,7 @@ async def test_its_status_says_so(tmp_path: Path) -> None:
         core.kill()
 
         async def until_dead() -> None:
-            while not actor._llm.errored:  # vLLM looks at its processes now and then
+            while not actor._llm.errored:  # noqa: ASYNC110 - vLLM has no event for it
                 await asyncio.sleep(0.05)
 
         await asyncio.wait_for(until_dead(), 30)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import pytest
+
 from rollout_server.engine.arrivals import Arrivals
 from tests.fakes.service import until
 
@@ -47,8 +49,6 @@ async def test_a_request_that_vllm_refuses_holds_no_abort_up() -> None:
         raise ValueError("no")
         yield "never"
 
-    try:
-        async for _ in arrivals.follow("g", outputs()):
-            pass
-    except ValueError:
-        await arrivals.until_registered("g", OutputProcessor())
+    with pytest.raises(ValueError, match="no"):
+        [output async for output in arrivals.follow("g", outputs())]
+    await arrivals.until_registered("g", OutputProcessor())
