@@ -16,8 +16,10 @@ from shared.types import EngineState, PauseMode
 
 LOGGER = logging.getLogger(__name__)
 
-LEFT_ALONE = frozenset({EngineState.STARTING, EngineState.DRAINING, EngineState.DEAD})
-"""A joiner is paused by ``apply_to`` before it serves; a leaver finishes what it has."""
+NOT_RUNNING = frozenset({EngineState.STARTING, EngineState.DEAD})
+"""A joiner is paused by ``apply_to`` before it serves."""
+NOT_PAUSED = NOT_RUNNING | {EngineState.DRAINING}
+"""A leaver finishes what it has; it is resumed, for it may have been paused before."""
 
 
 class GenerationControl:
@@ -44,7 +46,7 @@ class GenerationControl:
         """
         LOGGER.info("generation paused by %s, mode %s", caller, mode.value)
         self._mode = mode
-        await self._on_every_engine(lambda engine: engine.pause_generation(mode))
+        await self._on_every_engine(lambda engine: engine.pause_generation(mode), NOT_PAUSED)
 
     async def resume(self, *, caller: str = "the server") -> None:
         """Generate again. Does nothing where nothing was paused.
@@ -54,7 +56,7 @@ class GenerationControl:
         """
         LOGGER.info("generation resumed by %s", caller)
         self._mode = None
-        await self._on_every_engine(lambda engine: engine.resume_generation())
+        await self._on_every_engine(lambda engine: engine.resume_generation(), NOT_RUNNING)
 
     async def apply_to(self, engine: EngineHandle) -> None:
         """Pause an engine that is about to serve, if a pause stands. The last of its preparations:
@@ -67,8 +69,12 @@ class GenerationControl:
             else:
                 await engine.pause_generation(applied)
 
-    async def _on_every_engine(self, change: Callable[[EngineHandle], Awaitable[None]]) -> None:
-        engines = [engine for engine in self._pool.engines() if engine.state not in LEFT_ALONE]
+    async def _on_every_engine(
+        self,
+        change: Callable[[EngineHandle], Awaitable[None]],
+        left_alone: frozenset[EngineState],
+    ) -> None:
+        engines = [engine for engine in self._pool.engines() if engine.state not in left_alone]
         outcomes = await asyncio.gather(
             *(change(engine) for engine in engines), return_exceptions=True
         )

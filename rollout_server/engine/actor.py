@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout_server.engine.arguments import EngineSpec, vllm_arguments
+from rollout_server.engine.arrivals import Arrivals
 from rollout_server.engine.calibration_key import calibration_key
 from rollout_server.engine.calibration_run import calibrate_itself
 from rollout_server.engine.facts import EngineFacts
@@ -61,6 +62,7 @@ class EngineActor:
         self._llm: Any = None
         self._weights = WeightLoading(spec)
         self._record = FootprintRecord()
+        self._arrivals = Arrivals()
 
     async def start(self) -> EngineFacts:
         """Load the model, build the drafter, warm up.
@@ -71,7 +73,6 @@ class EngineActor:
         # Here as well as in the server: no server of ours may ever run on this node.
         await asyncio.to_thread(sweep_dead_engines)
         self._record.write()  # before vLLM is imported, and OpenMP with it
-
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -200,9 +201,9 @@ class EngineActor:
             parameters = SamplingParams(
                 **sampling_arguments(request.sampling, request.n), output_kind=kind
             )
-            async for output in self._llm.generate(
-                {"prompt_token_ids": request.prompt_token_ids}, parameters, request.request_id
-            ):
+            name, prompt = request.request_id, {"prompt_token_ids": request.prompt_token_ids}
+            outputs = self._llm.generate(prompt, parameters, name)
+            async for output in self._arrivals.follow(name, outputs):
                 yield output
         except VllmEngineDeadError as exc:
             raise EngineDeadError(f"engine {self._spec.engine_id} died: {exc}") from exc
@@ -216,6 +217,7 @@ class EngineActor:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its ``generate`` returns what there is."""
+        await self._arrivals.until_registered(request_id, self._running().output_processor)
         await self._llm.abort(request_id)
 
     async def load(self) -> dict[str, Any]:
@@ -252,22 +254,21 @@ class EngineActor:
         """Pause, load the target, set the version; stay paused."""
         await self._weights.load(self._running(), version, pause_mode, recompute_kv)
 
-    async def resume(self, stay_paused: bool = False) -> EngineCommitTimings:
+    async def resume(self) -> EngineCommitTimings:
         """Generate again after ``load_weights``, or stay as an operator paused it; seconds."""
-        return await self._weights.resume(self._running(), stay_paused=stay_paused)
+        return await self._weights.resume(self._running())
 
     async def rebuild_drafter(self) -> float:
         """After ``resume``: end the rebuild of the drafter between steps. Its seconds."""
         return await self._weights.rebuild_drafter(self._running())
 
     async def pause_generation(self, mode: PauseMode) -> None:
-        """An operator's pause, between two steps (vLLM 0.32.0: ``pause_scheduler_async``)."""
-        core = self._running().engine_core
-        await core.pause_scheduler_async(mode=mode.value, clear_cache=False)
+        """An operator's pause, between two steps."""
+        await self._weights.window.pause_by_operator(self._running().engine_core, mode)
 
     async def resume_generation(self) -> None:
-        """End it (vLLM 0.32.0: ``resume_scheduler_async``)."""
-        await self._running().engine_core.resume_scheduler_async()
+        """End it."""
+        await self._weights.window.resume_by_operator(self._running().engine_core)
 
     async def audit(self, path: str) -> EngineAudit:
         """Compare live weights and drafter with the file they should be of."""
@@ -293,6 +294,7 @@ class EngineActor:
         return await self._running().engine_core.call_utility_async(method, *args)
 
     def _running(self) -> Any:
-        if self._llm is None:
+        # An idle engine's death is seen here or nowhere (vLLM 0.32.0: ``AsyncLLM.errored``).
+        if self._llm is None or self._llm.errored:
             raise EngineDeadError(f"engine {self._spec.engine_id} is not running")
         return self._llm

@@ -1,7 +1,8 @@
-"""The time in which an engine stands still for a push: one pause, one or more loads, one resume."""
+"""The time in which an engine stands still for a push, and the pauses of an operator beside it."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +12,16 @@ from shared.types import PauseMode
 
 
 class CommitWindow:
-    """Pauses an engine core once, and adds up the seconds until it resumes."""
+    """Pauses an engine core once, and adds up the seconds until it resumes.
+
+    One pause, one or more loads, one resume. An operator's pause outlives it, and one that comes
+    meanwhile begins when it ends.
+    """
 
     def __init__(self) -> None:
+        self._operator_mode: PauseMode | None = None
+        self._closed = asyncio.Event()
+        self._closed.set()
         self._asked_s: float | None = None
         """When the pause was asked for; None while the engine runs."""
         self._pause_s = 0.0
@@ -28,6 +36,7 @@ class CommitWindow:
         """
         if self._asked_s is not None:
             return
+        self._closed.clear()
         self._asked_s = time.perf_counter()
         self._load_s = 0.0
         await core.pause_scheduler_async(mode=mode.value, clear_cache=recompute_kv)
@@ -37,18 +46,34 @@ class CommitWindow:
         """Count what a load took in each rank."""
         self._load_s += max(rank_seconds)
 
-    async def resume(self, core: Any, engine_id: str, *, stay_paused: bool) -> EngineCommitTimings:
-        """End the window.
+    async def pause_by_operator(self, core: Any, mode: PauseMode) -> None:
+        """Stop generating until ``resume_by_operator``, between two steps; under ``wait`` when all
+        that runs has finished, however many pushes come meanwhile."""
+        self._operator_mode = mode
+        while True:
+            await self._closed.wait()
+            if self._operator_mode is not mode:
+                return  # resumed meanwhile, or paused in another way
+            await core.pause_scheduler_async(mode=mode.value, clear_cache=False)
+            if self._asked_s is None:
+                return
+            # A push froze what was waited for: the wait goes on, and the running, when that ends.
 
-        Args:
-            stay_paused: an operator's pause was there before the push and outlives it.
-        """
+    async def resume_by_operator(self, core: Any) -> None:
+        """End the operator's pause (vLLM 0.32.0: ``resume_scheduler_async``)."""
+        self._operator_mode = None
+        if self._asked_s is None:
+            await core.resume_scheduler_async()
+
+    async def resume(self, core: Any, engine_id: str) -> EngineCommitTimings:
+        """End the window; generation goes on unless an operator has paused it."""
         assert self._asked_s is not None, "an engine resumes after it has loaded"
         started_s = time.perf_counter()
-        if not stay_paused:
+        if self._operator_mode is None:
             await core.resume_scheduler_async()
         finished_s = time.perf_counter()
         asked_s, self._asked_s = self._asked_s, None
+        self._closed.set()
         return EngineCommitTimings(
             engine_id=engine_id,
             stage_s=0.0,

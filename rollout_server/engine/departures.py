@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 from collections.abc import Awaitable
 
 from rollout_server.engine.footprint_store import FootprintStore
 from rollout_server.engine.pooled_engine import PooledEngine
-from shared.errors import SlipstreamError
+from shared.errors import EngineDeadError, SlipstreamError
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Departures:
@@ -32,12 +34,17 @@ class Departures:
         """Wait for the last request of a drained engine, at most ``within_s``; ``left`` follows."""
         self._leaving.add(handle.engine_id)
         deadline = asyncio.get_running_loop().time() + within_s
-        with contextlib.suppress(SlipstreamError):
-            while asyncio.get_running_loop().time() < deadline:
-                status = await handle.status()
+        while (left_s := deadline - asyncio.get_running_loop().time()) > 0:
+            try:
+                status = await asyncio.wait_for(handle.status(), left_s)
+            except (EngineDeadError, TimeoutError):
+                break
+            except SlipstreamError as exc:  # one slow answer does not make it idle
+                LOGGER.warning("engine %s drains: %s", handle.engine_id, exc.message)
+            else:
                 if status.num_running_reqs + status.num_waiting_reqs == 0:
                     break
-                await asyncio.sleep(poll_s)
+            await asyncio.sleep(poll_s)
 
     def left(self, engine_id: str) -> None:
         """It is drained, and being stopped."""

@@ -226,9 +226,7 @@ class RayEngineHandle:
     async def resume(self) -> EngineCommitTimings:
         self._check_alive()
         timings: EngineCommitTimings = await self._or_die(
-            self._actor.resume.remote(self._state_before_sync is EngineState.PAUSED),
-            "to resume",
-            self._weights.commit_timeout_s,
+            self._actor.resume.remote(), "to resume", self._weights.commit_timeout_s
         )
         if self.state is EngineState.SYNCING:
             self._lifecycle.move(self._state_before_sync)
@@ -241,16 +239,16 @@ class RayEngineHandle:
         return timings.model_copy(update={"stage_s": stage_s, "requantize_s": requantize_s})
 
     async def pause_generation(self, mode: PauseMode) -> None:
-        await self._pause.change(EngineState.PAUSED)
-        timeout_s, setting = CONTROL_TIMEOUT_S, ""
-        if mode is PauseMode.WAIT:
-            timeout_s, setting = self.spec.engine.generate_timeout_s, " (engine.generate_timeout_s)"
-        call = self._actor.pause_generation.remote(mode)
-        await self._call(call, f"to pause, mode {mode.value}{setting}", timeout_s)
+        if not await self._pause.change(EngineState.PAUSED):
+            return
+        waits = mode is PauseMode.WAIT
+        timeout_s = self.spec.engine.generate_timeout_s if waits else CONTROL_TIMEOUT_S
+        purpose = f"to pause, mode {mode.value}" + waits * " (engine.generate_timeout_s)"
+        await self._call(self._actor.pause_generation.remote(mode), purpose, timeout_s)
 
     async def resume_generation(self) -> None:
-        await self._pause.change(EngineState.SERVING)
-        await self._control(self._actor.resume_generation.remote(), "to resume generation")
+        if await self._pause.change(EngineState.SERVING):
+            await self._control(self._actor.resume_generation.remote(), "to resume generation")
 
     async def audit(self, path: str) -> EngineAudit:
         self._check_alive()

@@ -27,13 +27,19 @@ class OperatorPause:
         self._sync_timeout_s = sync_timeout_s
         self.serve_as = EngineState.SERVING
         """What an engine becomes that has started."""
+        self._wanted = EngineState.SERVING
+        """By whoever asked last: those who still wait for a push may go on in any order."""
 
-    async def change(self, new_state: EngineState) -> None:
+    async def change(self, new_state: EngineState) -> bool:
         """To PAUSED or back to SERVING, from the other or from STARTING.
+
+        Returns:
+            Whether this is still what is wanted, and to be told to vLLM.
 
         Raises:
             EngineError: a push did not end in time.
         """
+        self._wanted = new_state
         deadline_s = time.monotonic() + self._sync_timeout_s
         while self._lifecycle.state is EngineState.SYNCING:
             if time.monotonic() > deadline_s:
@@ -42,7 +48,10 @@ class OperatorPause:
                     f"commit_timeout_s) for the push on engine {self._engine_id} to end"
                 )
             await asyncio.sleep(POLL_S)
+        if self._wanted is not new_state:
+            return False
         if self._lifecycle.state is EngineState.STARTING:
             self.serve_as = new_state
         elif {self._lifecycle.state, new_state} == {EngineState.SERVING, EngineState.PAUSED}:
             self._lifecycle.move(new_state)
+        return True

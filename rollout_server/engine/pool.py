@@ -165,7 +165,7 @@ class RayEnginePool:
         record = self._pools[handle.spec.pool]
         logger.info("engine %s is %s by request", handle.engine_id, how)
         if not replace:
-            record.ask_for(record.target_count - 1)
+            record.ask_for(max(record.target_count - 1, 0))
         self._wake.set()
 
     async def close(self) -> None:
@@ -282,6 +282,8 @@ class RayEnginePool:
                 facts.block_size,
                 facts.drafter_bytes / 2**20,
             )
+        if handle not in self._handles:  # removed while Ray was still making it
+            self._tasks.spawn(self._departures.stop(handle, "removed while it started"))
         self._wake.set()
 
     def _begin_drain(self, handle: PooledEngine, within_s: float | None = None) -> None:

@@ -33,7 +33,7 @@ class WeightLoading:
 
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
-        self._window = CommitWindow()
+        self.window = CommitWindow()
         self.version = 0
         """Of the target; 0 is the model directory."""
         self.drafter_version = 0
@@ -87,7 +87,7 @@ class WeightLoading:
         """
         try:
             core = llm.engine_core
-            await self._window.pause(core, pause_mode, recompute_kv)
+            await self.window.pause(core, pause_mode, recompute_kv)
             # Going back to an older version always rebuilds: the drafter may be of a later one.
             rebuild = version <= self.drafter_version or is_rebuild_due(
                 version, self.drafter_version, self._spec.drafter.requantize_every
@@ -100,7 +100,7 @@ class WeightLoading:
                 "slipstream_load", args=(version, changed_tensors(self._manifest, manifest))
             )
             self.version, self._manifest = version, manifest
-            self._window.add_load(ranks)
+            self.window.add_load(ranks)
             self._is_rebuild_begun, self._requantize_s = rebuild, 0.0
             if rebuild:
                 await llm.collective_rpc("slipstream_begin_rebuild", args=(changed_for_drafter,))
@@ -181,16 +181,14 @@ class WeightLoading:
             audit_s=time.perf_counter() - started,
         )
 
-    async def resume(self, llm: Any, *, stay_paused: bool) -> EngineCommitTimings:
+    async def resume(self, llm: Any) -> EngineCommitTimings:
         """Generate again after ``load``, unless an operator paused; seconds of every part.
 
         Raises:
             WeightCommitError: the engine is still paused; it must not be used again.
         """
         try:
-            return await self._window.resume(
-                llm.engine_core, self._spec.engine_id, stay_paused=stay_paused
-            )
+            return await self.window.resume(llm.engine_core, self._spec.engine_id)
         except Exception as exc:
             # Boundary to vLLM: an engine that cannot resume is of no use.
             raise WeightCommitError(

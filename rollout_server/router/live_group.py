@@ -27,6 +27,8 @@ class LiveGroup:
     """Where its samples go on that the present engine is late with."""
     late_on: str | None = None
     """The engine that is late with them, from when it is told to stop to the next hand-over."""
+    is_told: bool = False
+    """Whether the circuit breaker knows how the present placement ends."""
     since_s: float | None = None
     """When its first engine got it."""
     request_ids: tuple[str, ...] = ()

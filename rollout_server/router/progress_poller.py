@@ -46,9 +46,12 @@ class ProgressPoller:
     def _ask_all(self) -> None:
         groups_of: defaultdict[EngineHandle, list[LiveGroup]] = defaultdict(list)
         for group in self._live_groups():
-            work = group.work
-            if group.handle is not None and work is not None and group.pieces and work.needs_news:
-                groups_of[group.handle].append(group)
+            if group.placement is None or group.work is None or not group.pieces:
+                continue
+            # A probe's first token opens the engine to others; an abort may have come too early.
+            is_asked = group.work.needs_news or group.is_aborted
+            if is_asked or group.placement.ticket.is_probe:
+                groups_of[group.placement.handle].append(group)
         self._questions = {name: task for name, task in self._questions.items() if not task.done()}
         for handle, groups in groups_of.items():
             if handle.engine_id not in self._questions:
@@ -81,5 +84,5 @@ async def ask(
             work.note(piece, news)
             if news:
                 on_tokens(group)
-            if work.has_enough and work.num_unfinished:
+            if (group.is_aborted or work.has_enough) and work.num_unfinished:
                 await abort_on_engine(handle, group)

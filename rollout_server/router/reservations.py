@@ -49,7 +49,7 @@ class Reservations:
         if placement is None:
             yield None
             return
-        live.placement, live.late_on = placement, None
+        live.placement, live.late_on, live.is_told = placement, None, False
         if live.since_s is None:
             live.since_s = self._clock()
         try:
@@ -59,7 +59,9 @@ class Reservations:
             self._failed(placement, exc)
             raise
         else:
-            if live.is_aborted or placement.handle.state is EngineState.DEAD:
+            if live.is_told:
+                pass
+            elif live.is_aborted or placement.handle.state is EngineState.DEAD:
                 self._circuits.withdrawn(placement.ticket)
             else:
                 self._circuits.succeeded(placement.ticket)
@@ -76,6 +78,7 @@ class Reservations:
         if not self._queue.is_served_elsewhere(placement.handle.engine_id):
             return False  # or requests that are at fault themselves would be tried over and over
         self._failed(placement, exc)
+        live.is_told = True
         return True
 
     def drop_ahead(self, live: LiveGroup) -> None:

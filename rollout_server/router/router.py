@@ -177,7 +177,8 @@ class Router:
                                 self.stragglers.group_left(work)
                                 continue
                             self._report(GenerationFacts.of(last, queue_s), accepted_ns)
-                            self.stragglers.group_finished(live)
+                            if not live.is_aborted:
+                                self.stragglers.group_finished(live)
                     result = replace(last, samples=work.samples())
                     return RoutedResult(result=result, queue_s=queue_s, num_attempts=attempt)
 

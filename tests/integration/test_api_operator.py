@@ -93,6 +93,15 @@ async def test_leavers_and_starters_are_left_alone_and_the_dead_do_not_fail_a_pa
     assert [len(engine.pauses) for engine in (leaving, starting, dying, well)] == [0, 0, 0, 1]
 
 
+async def test_an_engine_that_was_paused_and_is_drained_since_is_resumed() -> None:
+    engine = FakeEngine("a")
+    service = fake_service([engine])
+    await service.generation.pause(PauseMode.KEEP)
+    engine.state = EngineState.DRAINING
+    await service.generation.resume()
+    assert engine.pauses == [PauseMode.KEEP, None], "or what it holds would never end"
+
+
 async def test_an_engine_that_does_not_stop_fails_the_answer_and_the_pause_stands() -> None:
     stuck = FakeEngine("stuck", fail_with=EngineError("took longer than 30 s to pause"))
     well = FakeEngine("well")

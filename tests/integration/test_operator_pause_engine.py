@@ -75,7 +75,7 @@ async def test_a_push_inside_a_pause_leaves_it_standing(
     shutil.copy(new_model / "model.safetensors", segment)
     await engine.stage(1, str(segment), build_manifest(segment))
     await engine.load_weights(1, PauseMode.KEEP)
-    await engine.resume(stay_paused=True)
+    await engine.resume()
     assert await is_standing_still(engine)
     assert not running.done()
     await engine.resume_generation()

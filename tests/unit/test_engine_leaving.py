@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.errors import ConflictError, UnknownResourceError
+from shared.errors import ConflictError, EngineError, UnknownResourceError
 from shared.types import EngineState
 from tests.fakes.service import until
 from tests.unit.test_engine_pool import started
@@ -91,3 +91,38 @@ async def test_an_unknown_engine_is_named_with_those_there_are(tmp_path: Path) -
         for leave in (world.pool.drain, world.pool.remove):
             with pytest.raises(UnknownResourceError, match="engine-0, engine-1"):
                 leave("engine-9", replace=True)
+
+
+async def test_an_engine_that_was_removed_while_it_was_made_is_stopped_again(
+    tmp_path: Path,
+) -> None:
+    async with started(tmp_path, count=1) as world:
+        world.engines.held_pools.add("default")
+        await world.pool.scale(2)
+        await until(lambda: len(world.engines.made) == 2, "the second one to start")
+        joiner = world.engines.made[1]
+        world.pool.remove("engine-1", replace=False)
+        await until(lambda: joiner.stopped == ["removed by request"], "it to stop")
+        joiner.may_start.set()  # Ray has made the actor and its placement only now
+        await until(lambda: joiner.stopped[1:] == ["removed while it started"], "it to go")
+
+
+async def test_one_status_that_fails_does_not_end_a_drain(tmp_path: Path) -> None:
+    async with started(tmp_path, count=2) as world:
+        leaving = world.engines.made[0]
+        leaving.num_running, leaving.fail_with = 1, EngineError("a long step")
+        world.pool.drain("engine-0", replace=False)
+        await world.settle()
+        assert leaving.stopped == []
+        leaving.fail_with = None
+        await world.settle()
+        assert leaving.stopped == [], "it still has a request"
+        leaving.num_running = 0
+        await until(lambda: leaving.stopped == ["drained"], "it to stop")
+
+
+async def test_the_target_never_goes_below_nothing(tmp_path: Path) -> None:
+    async with started(tmp_path, count=1) as world:
+        await world.pool.scale(0)
+        world.pool.remove("engine-0", replace=False)
+        assert world.pool.target_count == 0

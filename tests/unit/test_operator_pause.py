@@ -49,6 +49,20 @@ async def test_a_push_is_waited_for(before: EngineState) -> None:
     assert lifecycle.state is EngineState.PAUSED
 
 
+async def test_of_a_pause_and_a_resume_during_a_push_the_later_one_holds() -> None:
+    for _ in range(10):
+        lifecycle = serving()
+        pause = OperatorPause("e", lifecycle, 60.0)
+        lifecycle.move(EngineState.SYNCING)
+        pausing = asyncio.create_task(pause.change(EngineState.PAUSED))
+        await asyncio.sleep(0.001)
+        resuming = asyncio.create_task(pause.change(EngineState.SERVING))
+        await asyncio.sleep(0.03)
+        lifecycle.move(EngineState.SERVING)
+        assert await asyncio.gather(pausing, resuming) == [False, True]
+        assert lifecycle.state is EngineState.SERVING
+
+
 async def test_a_push_that_does_not_end_is_an_error_that_names_the_settings() -> None:
     lifecycle = serving()
     lifecycle.move(EngineState.SYNCING)

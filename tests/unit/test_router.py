@@ -265,3 +265,22 @@ async def test_pending_samples_are_bounded_and_every_sample_ends_once() -> None:
         accounts.num_delivered += 1
         with pytest.raises(AssertionError, match="accepted 90"):
             accounts.check()
+
+
+async def test_an_abort_that_the_engine_did_not_hear_is_repeated() -> None:
+    class Deaf(FakeEngine):
+        """Forgets the first abort, as of a request that it does not know yet."""
+
+        async def abort(self, request_id: str) -> None:
+            self.aborted.append(request_id)
+            if len(self.aborted) > 1:
+                self._abort_events[request_id].set()
+
+    engine = Deaf("a")
+    engine.unblocked.clear()
+    async with router_over([engine]) as (router, _):
+        (task,) = spawn(router, group("g"))
+        await until(lambda: engine.num_running == 1, "the engine to have it")
+        await router.abort("g")
+        await asyncio.wait_for(task, 10)
+    assert len(engine.aborted) > 1

@@ -189,6 +189,36 @@ async def test_tokens_of_a_long_probe_let_the_others_in() -> None:
         await probe
 
 
+async def test_tokens_of_a_probe_that_could_not_go_on_elsewhere_let_the_others_in_too() -> None:
+    clock, engines = Clock(), [failing(), FakeEngine("b")]
+    limits = {"breaker": LIMITS, "may_continue": False}
+    async with router_over(engines, clock=clock, **limits) as (router, _):  # type: ignore[arg-type]
+        await fail(router, "g0", "g1")
+        engines[0].fail_with = None
+        engines[0].unblocked.clear()
+        engines[0].num_partial_tokens = 2
+        clock.now_s = 10.0
+        (probe,) = spawn(router, group("p"))
+        await until(lambda: router.circuits.state("a") is CLOSED, "the circuit to close")
+        engines[0].unblocked.set()
+        await probe
+
+
+async def test_a_probe_that_fails_while_its_engine_is_paused_does_not_close_the_circuit() -> None:
+    clock, engines = Clock(), [failing(), FakeEngine("b")]
+    async with router_over(engines, breaker=LIMITS, clock=clock) as (router, _):
+        await fail(router, "g0", "g1")
+        engines[0].fail_with = None
+        engines[0].unblocked.clear()
+        clock.now_s = 10.0
+        (probe,) = spawn(router, group("p"))
+        await until(lambda: engines[0].num_running == 1, "the engine to have it")
+        engines[0].state, engines[0].fail_with = EngineState.PAUSED, EngineError("bad step")
+        engines[0].unblocked.set()
+        assert (await probe).result.engine_id == "b"
+        assert router.circuits.state("a") is HALF_OPEN
+
+
 async def test_streams_count_as_groups_do() -> None:
     clock, engines = Clock(), [failing(), FakeEngine("b")]
     async with router_over(engines, breaker=LIMITS, clock=clock) as (router, _):

@@ -264,3 +264,19 @@ async def test_many_groups_over_uneven_engines_come_back_whole_and_once() -> Non
     # A name is used once: no sample ran twice.
     names = [request.request_id for engine in engines for request in engine.requests]
     assert len(names) == len(set(names))
+
+
+async def test_groups_that_were_aborted_do_not_tell_how_long_groups_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    finished: list[LiveGroup] = []
+    stuck = WalkingEngine("a", stalls_after=2)
+    async with router_over([stuck], stragglers=LIMITS) as (router, _):
+        monkeypatch.setattr(router.stragglers, "group_finished", finished.append)
+        (task,) = spawn(router, ask("given-up"))
+        await until(lambda: stuck.num_running == 1, "it to run")
+        await router.abort("given-up")
+        await task
+        stuck.stalls_after = None
+        await router.generate(ask("whole"))
+    assert [live.request.request_id for live in finished] == ["whole"]

@@ -98,7 +98,7 @@ async def load(weights: WeightLoading, llm: NotedLLM, version: int, *changed: st
 async def test_generation_resumes_before_the_drafter_is_rebuilt() -> None:
     llm, weights = NotedLLM(), loading()
     await load(weights, llm, 1)
-    await weights.resume(llm, stay_paused=False)
+    await weights.resume(llm)
     assert (weights.version, weights.drafter_version) == (1, 0)
     seconds = await weights.rebuild_drafter(llm)
     assert (weights.version, weights.drafter_version) == (1, 1)
@@ -120,7 +120,7 @@ async def test_in_the_pause_if_it_is_to_be_there() -> None:
     llm, weights = NotedLLM(), loading(rebuild=DrafterRebuild.IN_PAUSE)
     await load(weights, llm, 1)
     assert (weights.version, weights.drafter_version) == (1, 1)
-    await weights.resume(llm, stay_paused=False)
+    await weights.resume(llm)
     assert await weights.rebuild_drafter(llm) > 0
     assert llm.calls[3:] == [
         *["slice"] * NUM_SLICES,
@@ -140,7 +140,7 @@ async def test_only_what_differs_from_the_drafters_own_weights_is_rebuilt() -> N
     llm, weights = NotedLLM(), loading()
     for version, changed in ((1, []), (2, ["b"])):
         await load(weights, llm, version, *changed)
-        await weights.resume(llm, stay_paused=False)
+        await weights.resume(llm)
         await weights.rebuild_drafter(llm)
     assert [call for call in llm.calls if call[0] == "begin"] == [("begin", None), ("begin", ["b"])]
 

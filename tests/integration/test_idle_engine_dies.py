@@ -1,0 +1,36 @@
+"""An engine whose core dies while nothing runs is found dead by whoever asks it anything."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shared.errors import EngineDeadError
+from tests.support.engine import running_engine
+from tests.support.models import make_model
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+async def test_its_status_says_so(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "model", seed=8)
+    async with running_engine(path, drafter={"enabled": False}) as actor:
+        assert (await actor.load())["num_running_reqs"] == 0
+        core = next(
+            child
+            for child in psutil.Process().children(recursive=True)
+            if "EngineCore" in " ".join(child.cmdline())
+        )
+        core.kill()
+
+        async def until_dead() -> None:
+            while not actor._llm.errored:  # noqa: ASYNC110 - vLLM has no event for it
+                await asyncio.sleep(0.05)
+
+        await asyncio.wait_for(until_dead(), 30)
+        for question in (actor.load, actor.stage_initial):
+            with pytest.raises(EngineDeadError, match="test-engine"):
+                await question()
