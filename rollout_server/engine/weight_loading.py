@@ -140,8 +140,8 @@ class WeightLoading:
         started_s = time.perf_counter()
         budget_s = REBUILD_SLICE_S
         while not all(await llm.collective_rpc("slipstream_rebuild", args=(budget_s,))):
-            # Steps are run before the next call is. However long they are, the number of calls grows
-            # with the logarithm of the work: the rebuild is bounded by weights.commit_timeout_s.
+            # Steps are run before the next call is. However long they are, the number of calls
+            # grows with the logarithm of the work: weights.commit_timeout_s bounds all of it.
             budget_s = max(REBUILD_SLICE_S, REBUILD_SHARE * (time.perf_counter() - started_s))
         self._requantize_s = time.perf_counter() - started_s
         self.drafter_version, self._drafter_manifest = self.version, self._manifest
