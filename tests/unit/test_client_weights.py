@@ -43,9 +43,9 @@ class WeightServer:
             self.pushed, self.comes_first = self.comes_first, None
             self.committed_version = push.version
             raise httpx.ConnectError("connection refused")
-        if push.version == self.committed_version and self._manifest is not None:
-            if push.manifest.tensors == self._manifest.tensors:
-                return self._accepted(push)  # as ``admit_push`` has it
+        known = None if self._manifest is None else self._manifest.tensors
+        if push.version == self.committed_version and push.manifest.tensors == known:
+            return self._accepted(push)  # as ``admit_push`` has it
         if push.base_version != self.committed_version:
             error = ErrorBody(code="conflict", type="t", message="base_version is wrong")
             return httpx.Response(409, content=ErrorResponse(error=error).model_dump_json())
