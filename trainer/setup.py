@@ -126,6 +126,7 @@ def build_trainer(
             weight_version=version,
             history=history.served(version),
             pending=checkpoint.state.pending if checkpoint else (),
+            is_checkpointed=checkpoint is not None,
         ),
     )
     return Trainer(loop=loop, client=client, speculation=speculation, sinks=sinks)
