@@ -106,6 +106,11 @@ class BatchPlan:
         self._batches: dict[int, _Batch] = {}
 
     @property
+    def num_completed(self) -> int:
+        """Steps that are done, whichever process did them."""
+        return self._completed
+
+    @property
     def last_step(self) -> int:
         """The furthest step whose batch may be asked for now."""
         return min(self._completed + 1 + self._num_ahead, self._num_steps)

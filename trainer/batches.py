@@ -107,9 +107,16 @@ class TrainingBatches:
         del self._requests[step]
 
     def pending(self) -> tuple[PendingBatch, ...]:
-        """For a checkpoint: what was asked for and is neither trained on nor ended by a stop."""
+        """For a checkpoint: what was asked for, by whichever process, and is neither trained on nor
+        ended by a stop."""
         self._note_ends()
-        return self._plan.pending()
+        not_fetched_yet = (
+            PendingBatch(step=step, request_id=request_id)
+            for step, request_id in sorted(self._earlier.items())
+            if step > self._plan.num_completed and step not in self._requests
+        )
+        # Steps are asked for in their order, so these come after the others.
+        return self._plan.pending() + tuple(not_fetched_yet)
 
     def _note_ends(self) -> None:
         """Tell the plan what has ended. One that failed stays asked for: its step raises why."""

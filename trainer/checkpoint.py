@@ -83,14 +83,25 @@ class CheckpointDraft:
         try:
             (self._partial / _STATE_FILE).write_text(state.model_dump_json(indent=2))
             _sync([self._partial / _STATE_FILE, self._partial])
-            if self._final.exists():  # the same step again, after a resume from an earlier one
-                shutil.rmtree(self._final)
-            os.replace(self._partial, self._final)
+            self._put_in_place()
         except OSError as exc:
             self.discard()
             raise SlipstreamError(f"checkpoint {self._final} cannot be written: {exc}") from exc
         self._prune()
         return self._final
+
+    def _put_in_place(self) -> None:
+        replaced = self._partial.with_name(f"{self._partial.name}-replaced")
+        if self._final.exists():  # the same step again, after a resume from an earlier one
+            # Not removed file by file where it is: whoever ends amid that loses both.
+            os.replace(self._final, replaced)
+        try:
+            os.replace(self._partial, self._final)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, self._final)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)  # what is left of it, the next prune removes
 
     def discard(self) -> None:
         """Remove what was written."""

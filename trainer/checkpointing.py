@@ -27,7 +27,14 @@ class Checkpointing:
         optimization: Optimization,
         tokenizer: Any,
         config: RunConfig,
+        *,
+        finished_step: int | None = None,
     ) -> None:
+        """
+        Args:
+            finished_step: of the checkpoint that the run goes on from. It is not written again by
+                a run that trains nothing: it is what that one would write, and names more batches.
+        """
         self._store = store
         self._policy = policy
         self._optimization = optimization
@@ -35,7 +42,7 @@ class Checkpointing:
         self._config = config
         self._begun: CheckpointDraft | None = None
         self._began_s = 0.0
-        self._finished_step: int | None = None
+        self._finished_step = finished_step
 
     def is_due(self, step: int) -> bool:
         """Whether the run keeps a checkpoint of this step: every so many, and of the last one."""

@@ -60,7 +60,12 @@ class TrainingLoop:
             pending=start.pending,
         )
         self._checkpoints = Checkpointing(
-            parts.checkpoints, parts.policy, parts.optimization, parts.tokenizer, config
+            parts.checkpoints,
+            parts.policy,
+            parts.optimization,
+            parts.tokenizer,
+            config,
+            finished_step=start.completed_steps if start.is_checkpointed else None,
         )
 
     def abort_rollouts(self) -> None:

@@ -51,3 +51,5 @@ class LoopStart:
     history: PolicyHistory
     pending: Sequence[PendingBatch] = field(default=())
     """Batches that the process before had asked for."""
+    is_checkpointed: bool = False
+    """Whether a checkpoint of ``completed_steps`` is on disk."""

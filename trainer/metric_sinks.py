@@ -44,10 +44,11 @@ class MetricSink(Protocol):
 class TensorBoardSink:
     """Event files; what an earlier process wrote of steps that are done again is dropped."""
 
-    def __init__(self, directory: Path, *, completed_steps: int) -> None:
+    def __init__(self, directory: Path, *, completed_steps: int, is_resumed: bool) -> None:
         summary_writer = import_module("torch.utils.tensorboard").SummaryWriter
-        # A run that goes on does its later steps again; a fresh one begins with step 0.
-        purge_step = completed_steps + 1 if completed_steps else None
+        # A run that goes on does its later steps again; one that goes on at step 0, that one too:
+        # the evaluation before training.
+        purge_step = completed_steps + 1 if completed_steps else 0 if is_resumed else None
         self._writer = summary_writer(log_dir=str(directory), purge_step=purge_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -196,18 +197,21 @@ class MetricSinks:
             sink.write(int(record["step"] or 0), values)
 
 
-def open_sinks(config: RunConfig, *, completed_steps: int) -> MetricSinks:
+def open_sinks(config: RunConfig, *, completed_steps: int, is_resumed: bool = False) -> MetricSinks:
     """What ``trainer.metric_sinks`` asks for.
 
     Args:
         completed_steps: where a resumed run goes on.
+        is_resumed: an earlier process may have written steps, with a checkpoint or without.
 
     Raises:
         ConfigurationError: one does not start: no login, no connection, no room.
     """
     makers: dict[MetricSinkKind, Callable[[], Any]] = {
         MetricSinkKind.TENSORBOARD: lambda: TensorBoardSink(
-            config.run_dir / TENSORBOARD_DIRECTORY, completed_steps=completed_steps
+            config.run_dir / TENSORBOARD_DIRECTORY,
+            completed_steps=completed_steps,
+            is_resumed=is_resumed,
         ),
         MetricSinkKind.WANDB: lambda: WandbSink(config),
         MetricSinkKind.TRACKIO: lambda: TrackioSink(config),

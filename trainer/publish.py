@@ -25,6 +25,9 @@ LOGGER = logging.getLogger(__name__)
 PIECE_BYTES = 1 << 25
 """Of a tensor, rounded to the served dtype and in memory at a time."""
 
+SEGMENT_PARAM = "manifest.segment"
+"""What the server's error names when the file is not there, or is damaged."""
+
 _SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -95,12 +98,12 @@ class Publisher:
             try:
                 response = self._send(written, version, base_version)
             except RequestError as exc:
-                is_delta = written.manifest.encoding is SegmentEncoding.DELTA
-                if not is_delta or isinstance(exc, ConflictError):
+                if not self._helps_to_write_again(written, exc):
                     raise
                 # Nothing is committed under this version: the same tensors may come once more.
-                LOGGER.warning("version %d as a delta was refused (%s); all of it", version, exc)
+                LOGGER.warning("version %d was refused (%s); all of it again", version, exc)
                 self._base = None
+                self._outbox.discard()
                 written = self._write(policy, version, base_version)
                 response = self._send(written, version, base_version)
         except BaseException:  # a stop, too
@@ -122,6 +125,15 @@ class Publisher:
             push_s=monotonic() - started_s,
             paused_s=max((timings.paused_s for timings in response.engines), default=0.0),
         )
+
+    def _helps_to_write_again(self, written: Written, error: RequestError) -> bool:
+        """Whether a refusal is about the file rather than about what is in it."""
+        if isinstance(error, ConflictError):
+            return False
+        # On the server's node, a segment goes with the receiver that wrote it: with a server that
+        # was killed, or because nobody pushed it for so long.
+        is_gone = self._config.spans_nodes and error.param == SEGMENT_PARAM
+        return is_gone or written.manifest.encoding is SegmentEncoding.DELTA
 
     def _write(self, policy: Policy, version: int, base_version: int) -> Written:
         """The policy as a segment: what changed if that pays, else all of it."""

@@ -13,7 +13,8 @@ the first answer, and takes no other tensors under that version. What decides is
 The first kind is repeated by ``RolloutClient`` with the same body, backing off, for as long as
 ``trainer.api_timeout_s``. A server that died meanwhile makes no difference: one that recorded the
 version answers it again, one that did not runs the push, from the trainer's file, which lies there
-until the answer. One that has forgotten the base version refuses: 409.
+until the answer. One that has forgotten the base version refuses: 409. Under ``ray`` and ``nccl``
+the file may have gone with the server's receiver: ``Publisher`` then writes it once more.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def build_trainer(
     history = checkpoint.state.history if checkpoint else PolicyHistory()
     speculation = SpeculationLog(client, recorder)
     completed_steps = checkpoint.state.step if checkpoint else 0
-    sinks = open_sinks(config, completed_steps=completed_steps)
+    sinks = open_sinks(config, completed_steps=completed_steps, is_resumed=resume)
     loop = TrainingLoop(
         LoopParts(
             client=client,
@@ -126,6 +126,7 @@ def build_trainer(
             weight_version=version,
             history=history.served(version),
             pending=checkpoint.state.pending if checkpoint else (),
+            is_checkpointed=checkpoint is not None,
         ),
     )
     return Trainer(loop=loop, client=client, speculation=speculation, sinks=sinks)

@@ -24,6 +24,8 @@ from shared.types import DrafterRebuild, PauseMode
 
 REBUILD_SLICE_S = 0.03
 """Generation waits for so long between two steps while the drafter is rebuilt beside it."""
+REBUILD_SHARE = 0.1
+"""Or for this share of the time that the rebuild has taken so far, if that is longer."""
 AUDIT_MODULES_PER_CALL = 2
 """Generation stands still for so many at a time."""
 
@@ -136,8 +138,11 @@ class WeightLoading:
 
     async def _rebuild(self, llm: Any) -> None:
         started_s = time.perf_counter()
-        while not all(await llm.collective_rpc("slipstream_rebuild", args=(REBUILD_SLICE_S,))):
-            pass  # steps are run before the next call is
+        budget_s = REBUILD_SLICE_S
+        while not all(await llm.collective_rpc("slipstream_rebuild", args=(budget_s,))):
+            # Steps are run before the next call is. However long they are, the number of calls
+            # grows with the logarithm of the work: weights.commit_timeout_s bounds all of it.
+            budget_s = max(REBUILD_SLICE_S, REBUILD_SHARE * (time.perf_counter() - started_s))
         self._requantize_s = time.perf_counter() - started_s
         self.drafter_version, self._drafter_manifest = self.version, self._manifest
         self._is_rebuild_begun = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from shared.errors import ConfigurationError, WeightTransferError
 from shared.schemas.base import WireModel
 from shared.schemas.weights import WeightManifest
 from shared.segment_writer import sync_directory
+
+logger = logging.getLogger(__name__)
 
 RECORD_FILE = "committed.json"
 LOCK_FILE = "lock"
@@ -87,7 +90,8 @@ class CommitLedger:
             ) from exc
 
     def write(self, record: CommitRecord) -> None:
-        """Replace the record; on return it survives a power cut. Blocks.
+        """Replace the record; on return it survives a power cut, or the log says that it may not.
+        Blocks.
 
         Raises:
             WeightTransferError: the record before is still in place.
@@ -99,7 +103,6 @@ class CommitLedger:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(self.record_path)
-            sync_directory(self.state_dir)
         except OSError as exc:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -107,6 +110,17 @@ class CommitLedger:
                 f"version {record.version} cannot be recorded in weights.state_dir "
                 f"{self.state_dir}: {exc.strerror}"
             ) from exc
+        try:
+            sync_directory(self.state_dir)
+        except OSError as exc:
+            # The new record is in place and the next start reads it: this is no failed commit.
+            logger.error(
+                "weights: version %d is committed, but a power cut may take its record back: "
+                "weights.state_dir %s cannot be synced: %s",
+                record.version,
+                self.state_dir,
+                exc.strerror,
+            )
 
     def forget(self) -> None:
         """Remove the record: the next start serves the model directory."""

@@ -4,6 +4,7 @@ checkpoint headers and manifests."""
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,11 +19,19 @@ OPTIONAL_WHEN_TIED = "lm_head.weight"
 @functools.lru_cache(maxsize=4)
 def expected_tensors(model_path: str) -> Mapping[str, tuple[int, ...]] | None:
     """Names and shapes of the checkpoint the engines started from; None if it has no files here
-    (dummy weights, or a hub cache elsewhere): then vLLM's own loader is the only judge."""
+    (dummy weights, or a hub cache elsewhere): then vLLM's own loader is the only judge.
+
+    Without the head of a tied model, which some checkpoints store a second time: engines pass over
+    it, and trainers send a tied tensor once."""
     files = sorted(Path(model_path).glob("*.safetensors"))
     if not files:
         return None
-    return {name: tuple(span.shape) for file in files for name, span in read_header(file).items()}
+    expected = {
+        name: tuple(span.shape) for file in files for name, span in read_header(file).items()
+    }
+    if _is_tied(Path(model_path)):
+        expected.pop(OPTIONAL_WHEN_TIED, None)
+    return expected
 
 
 def check_against_model(
@@ -71,6 +80,16 @@ def changed_tensors(old: WeightManifest | None, new: WeightManifest | None) -> l
     if before.keys() != after.keys():
         return None
     return [name for name, entry in after.items() if entry != before[name]]
+
+
+def _is_tied(model_path: Path) -> bool:
+    try:
+        config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # then what the files have is all there is to go by
+    # Models of several modalities have the language model's settings one level down.
+    parts = (config, config.get("text_config") or {})
+    return any(part.get("tie_word_embeddings") is True for part in parts)
 
 
 def _first(names: list[str]) -> str:

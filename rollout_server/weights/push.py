@@ -106,6 +106,8 @@ class Push:
             if self._phase is not PushPhase.COMMITTED:
                 await self._files.remove(snapshot.path)
                 self._enter(PushPhase.REFUSED)
+            elif self._previous is not None:  # cancelled while it was recorded
+                await self._files.remove(self._previous.path)
             raise
         try:
             timings = [t for t in await self._resume(loaded) if t is not None]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rollout_server.weights.commit_ledger import CommitLedger, CommitRecord
 from rollout_server.weights.snapshot import (
+    KEPT_PREFIX,
     CommittedSnapshot,
     adopt_segment,
     move_to,
@@ -34,7 +35,8 @@ class Recovered:
 
 
 def recover(ledger: CommitLedger, on_loss: LostSnapshotPolicy, directory: Path) -> Recovered:
-    """Find and check what is recorded as committed. Blocks; as long as verifying a push takes.
+    """Find and check what is recorded as committed; remove what is kept beside it of earlier
+    versions, which nothing refers to. Blocks; as long as verifying a push takes.
 
     A segment that a killed server left in ``directory`` becomes this server's own.
 
@@ -43,6 +45,16 @@ def recover(ledger: CommitLedger, on_loss: LostSnapshotPolicy, directory: Path) 
             that this is no reason to go on.
     """
     record = ledger.read()
+    recovered = _recover(record, ledger, on_loss, directory)
+    for kept in ledger.state_dir.glob(f"{KEPT_PREFIX}*"):
+        if str(kept) != record.path:
+            remove_segment(kept)
+    return recovered
+
+
+def _recover(
+    record: CommitRecord, ledger: CommitLedger, on_loss: LostSnapshotPolicy, directory: Path
+) -> Recovered:
     if record.path is None or record.manifest is None:
         return Recovered(last_version_used=max(record.version, record.last_version_used))
     snapshot = CommittedSnapshot(version=record.version, path=record.path, manifest=record.manifest)

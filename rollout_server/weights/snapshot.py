@@ -18,6 +18,10 @@ from shared.weight_claims import remove_claim, write_claim
 logger = logging.getLogger(__name__)
 
 
+KEPT_PREFIX = "slipstream-kept-"
+"""Of the files that ``move_to`` makes."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommittedSnapshot:
     """What an engine that joins later is brought up to date with."""
@@ -92,7 +96,7 @@ def move_to(snapshot: CommittedSnapshot, directory: Path) -> CommittedSnapshot:
     Raises:
         WeightTransferError: no room, or the directory cannot be written.
     """
-    kept = directory / f"slipstream-kept-v{snapshot.version}.safetensors"
+    kept = directory / f"{KEPT_PREFIX}v{snapshot.version}.safetensors"
     partial = kept.with_name(kept.name + PARTIAL_SUFFIX)
     try:
         shutil.copyfile(snapshot.path, partial)

@@ -29,12 +29,11 @@ from shared.client.weight_push import (
     DEFAULT_DIRECTORY,
     Tensor,
     WeightPush,
-    answer_was_lost,
     remove_push,
     write_push,
 )
 from shared.credentials import ClientCredentials
-from shared.errors import ConflictError, UnavailableError, UnknownResourceError
+from shared.errors import UnavailableError, UnknownResourceError
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest, RolloutResponse
 from shared.schemas.weights import PublishRequest, PublishResponse
 
@@ -173,7 +172,8 @@ class AsyncRolloutClient(AsyncControlCalls):
 
         Raises:
             WeightTransferError: the segment cannot be written, or the push was taken back.
-            RequestError: the server refused it; the old version still serves.
+            ConflictError: another trainer's push came first; its version may be the same.
+            RequestError: the server refused it; what was committed still serves.
         """
         if base_version is None:
             base_version = (await self.weights()).committed_version
@@ -194,14 +194,10 @@ class AsyncRolloutClient(AsyncControlCalls):
             # The thread cannot be stopped; what it writes must not stay in memory.
             writing.add_done_callback(lambda done: _remove_written(done, directory))
             raise
-        call = calls.publish(request, math.inf)
-        attempts = self._attempts(call)
-        answer: PublishResponse | None = None
         try:
-            answer = await self._run(call, attempts)
-        except ConflictError:
-            if not answer_was_lost(request, attempts, await self.weights()):
-                raise
+            # Repeated where no answer comes. A conflict is never about that: the server answers
+            # these tensors under this version again, so somebody else's are committed.
+            answer = await self._run(calls.publish(request, math.inf))
         finally:
             remove_push(request, directory)
         return WeightPush.of(request, answer, push_s=self._clock() - started_s)

@@ -25,7 +25,6 @@ class Attempts:
         self._timeout_s = timeout_s
         self._timeout_setting = timeout_setting
         self._clock = clock
-        self.num_failures_in_all = 0
         self.progressed()
 
     def progressed(self) -> None:
@@ -40,7 +39,6 @@ class Attempts:
             UnavailableError: the time would be up by then.
         """
         self._num_failures += 1
-        self.num_failures_in_all += 1
         # Capped: a long outage must not make the first success late.
         backoff_s = min(
             FIRST_RETRY_DELAY_S * 2.0 ** min(self._num_failures - 1, 10), MAX_RETRY_DELAY_S

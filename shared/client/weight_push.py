@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.client.attempts import Attempts
 from shared.errors import WeightTransferError
-from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+from shared.schemas.weights import PublishRequest, PublishResponse
 
 if TYPE_CHECKING:
     from shared.segment_writer import TensorBuffer
@@ -49,13 +48,11 @@ class WeightPush:
     num_bytes: int
     push_s: float
     """From the first byte written to the server's answer."""
-    answer: PublishResponse | None
-    """None when the answer got lost and the version is committed all the same."""
+    answer: PublishResponse
+    """A push whose first answer got lost is repeated, and answered again without its timings."""
 
     @classmethod
-    def of(
-        cls, request: PublishRequest, answer: PublishResponse | None, *, push_s: float
-    ) -> WeightPush:
+    def of(cls, request: PublishRequest, answer: PublishResponse, *, push_s: float) -> WeightPush:
         """From what was sent and what came back."""
         num_bytes = sum(entry.num_bytes for entry in request.manifest.tensors)
         return cls(version=request.version, num_bytes=num_bytes, push_s=push_s, answer=answer)
@@ -99,11 +96,6 @@ def write_push(
 def remove_push(request: PublishRequest, directory: str) -> None:
     """Remove the trainer's name of the file; the server has its own."""
     (Path(directory) / request.manifest.segment).unlink(missing_ok=True)
-
-
-def answer_was_lost(request: PublishRequest, attempts: Attempts, weights: WeightsResponse) -> bool:
-    """Whether a conflict is our own push, repeated after its first answer did not arrive."""
-    return attempts.num_failures_in_all > 0 and weights.committed_version == request.version
 
 
 def _safetensors_dtype(name: str, tensor: Tensor, dtype: str | None) -> str:

@@ -96,6 +96,12 @@ class WeightsConfig(SettingsModel):
         """A push that waits for another one first."""
         return self.lock_timeout_s + self.longest_push_s
 
+    @property
+    def segment_kept_s(self) -> float:
+        """For how long a receiver keeps a complete segment that its trainer does not take back. A
+        trainer may wait for one answer in vain and then for that to the same push."""
+        return 2 * self.longest_answer_s
+
     @field_validator("transport", mode="before")
     @classmethod
     def ipc_is_refused(cls, value: Any) -> Any:

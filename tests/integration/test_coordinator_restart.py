@@ -6,12 +6,13 @@ import asyncio
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from rollout_server.weights.commit_ledger import CommitLedger
+from rollout_server.weights.commit_ledger import CommitLedger, CommitRecord
 from shared.errors import ConfigurationError, ConflictError
 from shared.types import EngineState
 from shared.weights import SegmentKind, segment_name, sweep_stale_segments
@@ -185,3 +186,66 @@ async def test_on_a_shared_disk_a_commit_stays_where_it_is(
     assert (await joined(after)).loaded == [3.0, 4.0]
     await after.push(2, 1, (5.0, 6.0))
     assert after.files() == after.server_files(2)
+
+
+def kept(world: PushWorld) -> list[str]:
+    return sorted(path.name for path in world.ledger.state_dir.glob("slipstream-kept-*"))
+
+
+async def test_files_that_were_kept_and_are_of_no_use_go_with_the_next_start(
+    start: StartWorld,
+) -> None:
+    before = start()
+    await before.push(2, 0, (3.0, 4.0))
+    await before.coordinator.close()
+    # Left by servers that were killed between keeping a file and recording it, or amid the copy.
+    for name in ("v1.safetensors", "v3.safetensors", "v2.safetensors.partial"):
+        (before.ledger.state_dir / f"slipstream-kept-{name}").touch()
+    (before.ledger.state_dir / "notes").touch()
+    after = start()
+    assert kept(after) == ["slipstream-kept-v2.safetensors"]
+    assert (after.ledger.state_dir / "notes").exists(), "not ours"
+    assert (await joined(after)).loaded == [3.0, 4.0]
+
+
+async def test_nothing_is_removed_where_a_start_is_refused(start: StartWorld) -> None:
+    before = start()
+    await before.push(2, 0)
+    await before.coordinator.close()
+    state_dir = before.ledger.state_dir
+    (state_dir / "slipstream-kept-v2.safetensors").write_bytes(b"damaged")
+    (state_dir / "slipstream-kept-v1.safetensors").touch()
+    with pytest.raises(ConfigurationError, match="are lost"):
+        start()
+    assert len(kept(before)) == 2
+
+
+async def test_a_server_that_stops_while_it_records_a_push_keeps_that_version_only(
+    start: StartWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = start()
+    await before.push(1, 0)
+    await before.coordinator.close()
+    world = start()
+    for engine in world.pool.members:
+        await world.join(engine)
+    loop = asyncio.get_running_loop()
+    is_recording, may_record = asyncio.Event(), threading.Event()
+    write = world.ledger.write
+
+    def write_later(record: CommitRecord) -> None:
+        loop.call_soon_threadsafe(is_recording.set)
+        assert may_record.wait(60)
+        write(record)
+
+    monkeypatch.setattr(world.ledger, "write", write_later)
+    push = asyncio.create_task(world.push(2, 1, (5.0, 6.0)))
+    await is_recording.wait()
+    closing = asyncio.create_task(world.coordinator.close())
+    await asyncio.sleep(0)  # it has cancelled the push
+    may_record.set()
+    await closing
+    await asyncio.gather(push, return_exceptions=True)
+    assert kept(world) == ["slipstream-kept-v2.safetensors"]
+    assert world.files() == []
+    assert (await joined(start())).loaded == [5.0, 6.0]

@@ -163,6 +163,25 @@ def test_a_resumed_run_trains_on_what_was_sampled_for_the_one_that_failed(
     assert found[3]["batch/num_stale"] == found[3]["rollout/num_groups_again"] == 0
 
 
+def test_a_resume_that_trains_nothing_leaves_its_checkpoint_as_it_is(
+    server: PolicyServer, model_path: Path, tmp_path: Path
+) -> None:
+    commits_wait(server, {1: 2, 2: 3})
+    config = ahead_config(server, model_path, tmp_path)
+    fail_in_step_4(server, config)
+    server.before_commit = lambda push: None
+    directory = config.run_dir / "checkpoints" / "step-000002"
+    files = {path: (path.stat().st_ino, path.read_bytes()) for path in directory.iterdir()}
+    actor = TrainerActor(config, resume=True)
+    server.before_commit = lambda push: actor.stop()  # when it has told the server its weights
+    assert actor.run() is TrainerPhase.STOPPED
+    assert {path: (path.stat().st_ino, path.read_bytes()) for path in files} == files
+    assert pending_of(config, 2) == [3]
+
+    server.before_commit = lambda push: None
+    assert TrainerActor(config, resume=True).run() is TrainerPhase.FINISHED
+
+
 def test_a_server_that_has_forgotten_samples_the_batch_anew(
     server: PolicyServer, model_path: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ import torch
 from shared.client import AsyncRolloutClient, RolloutClient, WeightPush
 from shared.errors import ConflictError, WeightTransferError
 from shared.schemas.base import ErrorBody, ErrorResponse
-from shared.schemas.weights import PublishRequest, PublishResponse, WeightsResponse
+from shared.schemas.weights import PublishRequest, PublishResponse, WeightManifest, WeightsResponse
 from shared.weights import build_manifest
 
 
@@ -28,6 +28,9 @@ class WeightServer:
         self.committed_version = 3
         self.pushed: dict[str, torch.Tensor] = {}
         self.num_lost_answers = 0
+        self.comes_first: dict[str, torch.Tensor] | None = None
+        """Committed by another trainer under the version of the next push, which gets lost."""
+        self._manifest: WeightManifest | None = None
 
     def answer(self, request: httpx.Request) -> httpx.Response:
         if request.method == "GET":
@@ -36,16 +39,26 @@ class WeightServer:
             )
             return httpx.Response(200, content=state.model_dump_json())
         push = PublishRequest.model_validate_json(request.content)
+        if self.comes_first is not None:
+            self.pushed, self.comes_first = self.comes_first, None
+            self.committed_version = push.version
+            raise httpx.ConnectError("connection refused")
+        known = None if self._manifest is None else self._manifest.tensors
+        if push.version == self.committed_version and push.manifest.tensors == known:
+            return self._accepted(push)  # as ``admit_push`` has it
         if push.base_version != self.committed_version:
             error = ErrorBody(code="conflict", type="t", message="base_version is wrong")
             return httpx.Response(409, content=ErrorResponse(error=error).model_dump_json())
         path = self.directory / push.manifest.segment
         assert build_manifest(path) == push.manifest
         self.pushed = safetensors.torch.load_file(path)
-        self.committed_version = push.version
+        self.committed_version, self._manifest = push.version, push.manifest
         if self.num_lost_answers:
             self.num_lost_answers -= 1
             raise httpx.ReadError("connection reset")
+        return self._accepted(push)
+
+    def _accepted(self, push: PublishRequest) -> httpx.Response:
         answer = PublishResponse(
             version=push.version, verify_s=0.0, total_s=0.1, num_bytes=0, engines=[]
         )
@@ -130,8 +143,34 @@ def test_what_cannot_be_pushed_is_named_and_leaves_no_file(
 
 def test_a_push_whose_answer_was_lost_is_found_committed(server: WeightServer) -> None:
     server.num_lost_answers = 1
-    assert server.push({"a": np.zeros(2)}).answer is None
+    assert server.push({"a": np.zeros(2)}).answer.version == 4
     assert server.committed_version == 4
+
+
+async def test_another_trainers_weights_under_the_same_version_are_not_ours(
+    server: WeightServer,
+) -> None:
+    theirs = {"a": torch.ones(2)}
+    server.comes_first = theirs
+    with pytest.raises(ConflictError):
+        server.push({"a": torch.zeros(2)})
+    assert server.pushed is theirs
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        return server.answer(request)
+
+    async def no_pause(delay_s: float) -> None:
+        pass
+
+    server.comes_first = theirs
+    transport = httpx.MockTransport(answer)
+    async with AsyncRolloutClient("http://x", transport=transport, pause=no_pause) as client:
+        with pytest.raises(ConflictError):
+            await client.publish_weights(
+                {"a": torch.zeros(2)}, version=5, directory=str(server.directory)
+            )
+    assert server.pushed is theirs
+    assert list(server.directory.iterdir()) == []
 
 
 def test_a_push_on_another_base_is_refused_and_its_file_removed(server: WeightServer) -> None:
@@ -157,7 +196,7 @@ async def test_the_asynchronous_client_pushes_too_and_cleans_up_when_it_is_cance
     directory = str(server.directory)
     async with AsyncRolloutClient("http://x", transport=httpx.MockTransport(answer)) as client:
         push = await client.publish_weights(tensors, version=4, directory=directory)
-    assert push.answer is not None
+    assert push.answer.version == 4
     assert torch.equal(server.pushed["a"], tensors["a"])
     async with AsyncRolloutClient("http://x", transport=httpx.MockTransport(hang)) as client:
         task = asyncio.create_task(

@@ -90,8 +90,15 @@ def test_tensorboard_gets_a_scalar_per_value_that_is_a_number(
 def test_a_resumed_run_takes_the_steps_back_that_it_does_again(
     tensorboard: Calls, tmp_path: Path
 ) -> None:
-    open_sinks(config_of(tmp_path, "tensorboard"), completed_steps=10)
+    open_sinks(config_of(tmp_path, "tensorboard"), completed_steps=10, is_resumed=True)
     assert tensorboard.made[0][2]["purge_step"] == 11
+
+
+def test_a_run_that_is_resumed_before_its_first_checkpoint_takes_every_step_back(
+    tensorboard: Calls, tmp_path: Path
+) -> None:
+    open_sinks(config_of(tmp_path, "tensorboard"), completed_steps=0, is_resumed=True)
+    assert tensorboard.made[0][2]["purge_step"] == 0
 
 
 def test_weights_and_biases_gets_one_record_per_step(wandb: Calls, tmp_path: Path) -> None:

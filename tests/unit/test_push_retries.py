@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,7 +21,10 @@ from shared.errors import (
     WeightTransferError,
 )
 from shared.schemas.weights import PublishRequest, TensorEntry, WeightManifest
+from shared.types import TransportKind
 from tests.fakes.version_server import Fate, Restart, VersionServer, refusal
+from trainer.outbox import Written
+from trainer.publish import Publisher
 from trainer.push_retries import PushFailure, judge_failure, send_push
 from trainer.rollout_client import RolloutClient
 
@@ -177,3 +181,120 @@ def test_the_wait_for_one_answer_is_what_the_longest_push_takes(server: VersionS
     assert timeouts == [{"connect": 5.0, "read": 9.0, "write": 60, "pool": 10.0}]
     config = WeightsConfig(lock_timeout_s=7)
     assert config.longest_answer_s == config.longest_push_s + 7
+
+
+class NodeOutbox:
+    """As under ``ray``: the segment lies on the server's node, and another upload makes another."""
+
+    def __init__(self) -> None:
+        self.segments: list[str] = []
+        self.lying: set[str] = set()
+
+    def write(self, version: int, *_: object, base: str | None = None) -> Written:
+        assert not self.lying, "the upload before was not taken back"
+        segment = f"slipstream-weights-{len(self.segments)}-v{version}.safetensors"
+        self.segments.append(segment)
+        self.lying.add(segment)
+        entries = request(version, 0).manifest.tensors
+        return Written(WeightManifest(segment=segment, tensors=entries), 4)
+
+    def discard(self) -> None:
+        self.lying.clear()
+
+
+class NoTensors:
+    """A policy for an outbox that does not ask for any."""
+
+    def served_tensors(self) -> list[Any]:
+        return []
+
+
+@pytest.fixture
+def outbox(monkeypatch: pytest.MonkeyPatch) -> NodeOutbox:
+    made = NodeOutbox()
+    monkeypatch.setattr("trainer.publish.make_outbox", lambda config, client: made)
+    return made
+
+
+def publish(handler: Handler, transport: TransportKind, directory: Path) -> int:
+    client = RolloutClient(
+        "http://server", timeout_s=60, transport=httpx.MockTransport(handler), pause=lambda _: None
+    )
+    config = WeightsConfig(
+        transport=transport, shared_memory_dir=str(directory), filesystem_dir=str(directory)
+    )
+    policy: Any = NoTensors()
+    return Publisher(client, config).publish(policy, version=1, base_version=0).version
+
+
+def without_segment(outbox: NodeOutbox, http_request: httpx.Request) -> httpx.Response | None:
+    """What a server says that does not find the file."""
+    push = PublishRequest.model_validate_json(http_request.content)
+    if push.manifest.segment in outbox.lying:
+        return None
+    error = {"code": "weight_verification_failed", "type": "t", "message": "is not in /dev/shm"}
+    return httpx.Response(422, json={"error": error | {"param": "manifest.segment"}})
+
+
+@pytest.mark.parametrize("transport", [TransportKind.RAY, TransportKind.NCCL])
+@pytest.mark.parametrize("is_committed", [False, True])
+def test_a_segment_that_went_with_a_killed_server_is_written_again(
+    server: VersionServer,
+    outbox: NodeOutbox,
+    tmp_path: Path,
+    transport: TransportKind,
+    is_committed: bool,
+) -> None:
+    num_posts = 0
+
+    def answer(http_request: httpx.Request) -> httpx.Response:
+        nonlocal num_posts
+        num_posts += 1
+        push = PublishRequest.model_validate_json(http_request.content)
+        (tmp_path / push.manifest.segment).touch()
+        if num_posts == 1:
+            if is_committed:
+                server.answer(http_request)
+            outbox.lying.clear()
+            raise httpx.ReadError("connection reset")
+        # A version that is committed is answered again without a look for its file.
+        return (None if is_committed else without_segment(outbox, http_request)) or server.answer(
+            http_request
+        )
+
+    assert publish(answer, transport, tmp_path) == 1
+    assert server.commits == [(1, 0)]
+    assert len(outbox.segments) == (1 if is_committed else 2)
+    assert not outbox.lying
+
+
+@pytest.mark.parametrize(
+    ("transport", "param", "num_written"),
+    [
+        (TransportKind.RAY, "manifest.segment", 2),
+        (TransportKind.RAY, "manifest.tensors", 1),
+        (TransportKind.SHARED_MEMORY, "manifest.segment", 1),
+        (TransportKind.FILESYSTEM, "manifest.segment", 1),
+    ],
+)
+def test_what_stays_refused_fails_the_push(
+    outbox: NodeOutbox, tmp_path: Path, transport: TransportKind, param: str, num_written: int
+) -> None:
+    def answer(http_request: httpx.Request) -> httpx.Response:
+        error = {"code": "weight_verification_failed", "type": "t", "message": "no", "param": param}
+        return httpx.Response(422, json={"error": error})
+
+    with pytest.raises(RequestError, match="no"):
+        publish(answer, transport, tmp_path)
+    assert len(outbox.segments) == num_written
+
+
+def test_a_conflict_is_not_written_again(outbox: NodeOutbox, tmp_path: Path) -> None:
+    with pytest.raises(ConflictError):
+        publish(lambda _: refusal(409, "conflict"), TransportKind.RAY, tmp_path)
+    assert len(outbox.segments) == 1
+
+
+def test_a_receiver_keeps_a_segment_for_longer_than_an_answer_takes() -> None:
+    config = WeightsConfig(transport=TransportKind.RAY)
+    assert config.segment_kept_s > config.longest_answer_s + config.longest_push_s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 from pathlib import Path
 
@@ -130,6 +132,29 @@ def test_a_step_saved_twice_is_the_later_one(tmp_path: Path, model_path: Path) -
     checkpoint = store.latest()
     assert checkpoint is not None
     assert checkpoint.state == later
+
+
+@pytest.mark.parametrize("num_renames", [0, 1])
+def test_a_step_that_cannot_be_saved_again_keeps_its_checkpoint(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch, num_renames: int
+) -> None:
+    policy, optimization = load(model_path)
+    store = CheckpointStore(tmp_path, keep=2)
+    store.save(state(1), policy, optimization, tokenizer=None)
+    replace, calls = os.replace, itertools.count()
+
+    def failing(source: Path, target: Path) -> None:
+        if next(calls) == num_renames:
+            raise OSError("disk error")
+        replace(source, target)
+
+    monkeypatch.setattr("trainer.checkpoint.os.replace", failing)
+    with pytest.raises(SlipstreamError, match="disk error"):
+        store.save(state(1), policy, optimization, tokenizer=None)
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    restore(checkpoint, optimization)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_nothing_saved_is_nothing_found(tmp_path: Path) -> None:

@@ -209,6 +209,15 @@ class Gate:
             yield group_of(index)
 
 
+def test_what_an_earlier_process_asked_for_stays_pending_until_it_is_fetched(bench: Bench) -> None:
+    earlier = [PendingBatch(step=step, request_id=f"first/step={step}") for step in (1, 2, 3, 4)]
+    resumed = bench.process("second", completed=1, pending=earlier)
+    assert resumed.pending() == tuple(earlier[1:]), "a stop may come before anything is asked for"
+    bench.take(2, resumed)
+    resumed.trained(2)
+    assert resumed.pending() == tuple(earlier[2:]), "one ahead: step 4 is not asked for yet"
+
+
 def test_a_stop_ends_the_wait_and_every_request_and_leaves_nothing_pending(bench: Bench) -> None:
     gate = Gate()
     bench.stub.answer = gate

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from rollout_server.weights.expectation import check_against_model
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from rollout_server.weights.expectation import check_against_model, expected_tensors
 from shared.errors import WeightVerificationError
 from shared.schemas.weights import TensorEntry, WeightManifest
 
@@ -54,6 +59,39 @@ def test_a_push_that_does_not_fit_is_refused_by_name(
 def test_an_untied_model_needs_its_head() -> None:
     with pytest.raises(WeightVerificationError, match=r"lm_head\.weight"):
         check_against_model(manifest(**FITTING), {**EXPECTED, "lm_head.weight": (8, 4)})
+
+
+def checkpoint(directory: Path, config: dict[str, object] | None) -> str:
+    """A model directory that stores its head, tied or not."""
+    shapes = {**EXPECTED, "lm_head.weight": (8, 4)}
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, directory / "model.safetensors")
+    if config is not None:
+        (directory / "config.json").write_text(json.dumps(config))
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}],
+)
+def test_a_tied_head_that_the_checkpoint_stores_all_the_same_may_be_sent_or_not(
+    tmp_path: Path, config: dict[str, object]
+) -> None:
+    expected = expected_tensors(checkpoint(tmp_path, config))
+    check_against_model(manifest(**FITTING), expected)
+    check_against_model(manifest(**FITTING, lm_head__weight=(8, 4)), expected)
+
+
+@pytest.mark.parametrize(
+    "config", [{"tie_word_embeddings": False}, {"text_config": None}, {}, None]
+)
+def test_a_head_that_is_not_known_to_be_tied_must_be_sent(
+    tmp_path: Path, config: dict[str, object] | None
+) -> None:
+    expected = expected_tensors(checkpoint(tmp_path, config))
+    with pytest.raises(WeightVerificationError, match=r"1 tensors missing .*'lm_head\.weight'"):
+        check_against_model(manifest(**FITTING), expected)
 
 
 def test_integer_tensors_are_refused() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rollout_server.engine.arguments import EngineSpec
-from rollout_server.engine.weight_loading import WeightLoading
+from rollout_server.engine.weight_loading import REBUILD_SLICE_S, WeightLoading
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig
 from shared.errors import WeightCommitError
@@ -157,6 +157,40 @@ async def test_after_a_rebuild_that_was_not_ended_everything_is_rebuilt() -> Non
         ("begin", None),
     ]
     assert llm.calls[-1] == ("set_weight_versions", 10, 9, True)
+
+
+class BusyLLM(NotedLLM):
+    """Runs a step of ``step_s`` before each call, and needs ``work_s`` for a rebuild; a block of it
+    at the least. Time is its own."""
+
+    def __init__(self, *, step_s: float, work_s: float) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self.budgets_s: list[float] = []
+        self._step_s, self._left_s = step_s, work_s
+
+    async def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        if name != "slipstream_rebuild":
+            return await super().collective_rpc(name, args)
+        (budget_s,) = args
+        self.budgets_s.append(budget_s)
+        self.now_s += self._step_s + min(budget_s, self._left_s)
+        self._left_s -= budget_s
+        return [self._left_s <= 0]
+
+
+@pytest.mark.parametrize(("step_s", "limit_s"), [(0.01, 8.0), (1.0, 60.0), (5.0, 120.0)])
+async def test_long_steps_do_not_make_a_rebuild_endless(
+    monkeypatch: pytest.MonkeyPatch, step_s: float, limit_s: float
+) -> None:
+    llm, weights = BusyLLM(step_s=step_s, work_s=6.0), loading()
+    await load(weights, llm, 1)
+    monkeypatch.setattr("rollout_server.engine.weight_loading.time.perf_counter", lambda: llm.now_s)
+    took_s = await weights.rebuild_drafter(llm)
+    assert took_s == pytest.approx(llm.now_s)
+    assert took_s < limit_s
+    assert llm.budgets_s[0] == REBUILD_SLICE_S, "generation hardly waits for a small one"
+    assert max(llm.budgets_s) <= max(REBUILD_SLICE_S, 0.1 * took_s)
 
 
 async def test_a_rebuild_that_fails_is_an_error_that_names_engine_and_version() -> None:

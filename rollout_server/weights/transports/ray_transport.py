@@ -112,7 +112,7 @@ class RayNodes:
             .remote(
                 config.shared_memory_dir,
                 idle_limit_s=config.transfer_timeout_s,
-                kept_limit_s=config.lock_timeout_s + config.longest_push_s,
+                kept_limit_s=config.segment_kept_s,
             )
         )
         try:
