@@ -48,6 +48,16 @@ def waits_with_child(
     return 0.0
 
 
+def echoes(
+    prompt: str, completion: str, answer: str | None, metadata: Metadata, fails: bool = False
+) -> tuple[float, Metadata]:
+    """Half a surrogate pair behind the completion, as detail or as the error."""
+    text = completion + "\ud800"
+    if fails:
+        raise RuntimeError(text)
+    return 1.0, {text: text}
+
+
 def exits(prompt: str, completion: str, answer: str | None, metadata: Metadata) -> float:
     os._exit(7)
 
@@ -163,7 +173,7 @@ USER_REWARDS = {
     function.__name__: f"{__name__}:{function.__name__}"
     for function in (
         length, raises, hangs, waits, waits_with_child, exits, segfaults, prints, pid, order,
-        obeys, meets,
+        obeys, meets, echoes,
         connects, connects_in_child, pairs, allocates, computes, variables,
     )
 }  # fmt: skip

@@ -20,6 +20,7 @@ from shared.schemas.rollouts import RewardSpec
 from shared.types import RewardStatus
 from tests.fakes.processes import is_alive
 from tests.fakes.rewards import USER_REWARDS
+from tests.fakes.rollouts import rollout_sample
 
 StartPool = Callable[..., Awaitable[ScoringPool]]
 
@@ -63,6 +64,17 @@ async def test_a_user_reward_gets_the_sample_and_its_parameters(start_pool: Star
     result = await pool.score(make_job("length", {"factor": 0.5}, completion="\ud800ab"))
     assert (result.reward, result.status) == (1.5, RewardStatus.OK)
     assert result.detail == {"prompt": "p", "answer": "7", "metadata": {"k": [1, None]}}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_text_that_is_no_unicode_does_not_reach_the_answer(
+    start_pool: StartPool, fails: bool
+) -> None:
+    pool = await start_pool()
+    result = await pool.score(make_job("echoes", {"fails": fails}))
+    assert result.status is (RewardStatus.ERROR if fails else RewardStatus.OK)
+    sample = rollout_sample(0, reward=1.0).model_copy(update={"reward_detail": result.detail})
+    assert "abc?" in sample.model_dump_json()
 
 
 async def test_a_builtin_reward_scores(start_pool: StartPool) -> None:
