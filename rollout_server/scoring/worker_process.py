@@ -188,8 +188,15 @@ class WorkerProcess:
             return "the worker closed its pipe"
         if code < 0:
             limit = " (scoring.max_cpu_s)" if -code == signal.SIGXCPU else ""
-            return f"the worker was ended by {signal.Signals(-code).name}{limit}"
+            return f"the worker was ended by {_signal_name(-code)}{limit}"
         return f"the worker ended with exit code {code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal between SIGRTMIN and SIGRTMAX has no name
+        return f"signal {number}"
 
 
 def _environment() -> dict[str, str]:

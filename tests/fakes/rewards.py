@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -11,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from rollout_server.scoring.frames import encode_frame
 
 Metadata = dict[str, Any]
 
@@ -64,6 +67,21 @@ def exits(prompt: str, completion: str, answer: str | None, metadata: Metadata) 
 
 def segfaults(prompt: str, completion: str, answer: str | None, metadata: Metadata) -> float:
     os.kill(os.getpid(), signal.SIGSEGV)
+    return 0.0
+
+
+def signals(
+    prompt: str, completion: str, answer: str | None, metadata: Metadata, number: int
+) -> float:
+    os.kill(os.getpid(), number)
+    return 0.0
+
+
+def meddles(prompt: str, completion: str, answer: str | None, metadata: Metadata) -> float:
+    """Answer in the worker's place, with nonsense, through every descriptor there is."""
+    for descriptor in range(3, 20):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, encode_frame({}))
     return 0.0
 
 
@@ -173,7 +191,7 @@ USER_REWARDS = {
     function.__name__: f"{__name__}:{function.__name__}"
     for function in (
         length, raises, hangs, waits, waits_with_child, exits, segfaults, prints, pid, order,
-        obeys, meets, echoes,
+        obeys, meets, echoes, signals, meddles,
         connects, connects_in_child, pairs, allocates, computes, variables,
     )
 }  # fmt: skip

@@ -96,6 +96,22 @@ async def test_a_failing_reward_is_an_error_and_the_next_sample_is_scored(
     assert (await pool.score(make_job("length"))).reward == 3.0
 
 
+async def test_a_signal_without_a_name_is_told_by_its_number(start_pool: StartPool) -> None:
+    pool = await start_pool()
+    result = await pool.score(make_job("signals", {"number": 40}))
+    assert result.detail["error"] == "the worker was ended by signal 40"
+    assert (await pool.score(make_job("length"))).reward == 3.0
+
+
+async def test_an_answer_that_makes_no_sense_costs_one_sample_and_no_seat(
+    start_pool: StartPool,
+) -> None:
+    pool = await start_pool()
+    with pytest.raises(ScoringError, match="internal error"):
+        await pool.score(make_job("meddles"))
+    assert (await pool.score(make_job("length"))).reward == 3.0
+
+
 async def test_a_reward_that_hangs_is_a_timeout_and_its_worker_is_replaced(
     start_pool: StartPool,
 ) -> None:
