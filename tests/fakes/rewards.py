@@ -42,10 +42,16 @@ def waits(prompt: str, completion: str, answer: str | None, metadata: Metadata, 
 
 
 def waits_with_child(
-    prompt: str, completion: str, answer: str | None, metadata: Metadata, path: str
+    prompt: str,
+    completion: str,
+    answer: str | None,
+    metadata: Metadata,
+    path: str,
+    leaves: bool = False,
 ) -> float:
-    """Tell the pid of a process it has started, then do not return."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    """Tell the pid of a process it has started, maybe in its own session, then do not return."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    child = subprocess.Popen(sleep, start_new_session=leaves)
     write_whole(path, child.pid)
     time.sleep(600)
     return 0.0

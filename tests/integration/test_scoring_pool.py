@@ -126,12 +126,13 @@ async def test_a_reward_that_hangs_is_a_timeout_and_its_worker_is_replaced(
     assert not is_alive(int(before))
 
 
+@pytest.mark.parametrize("leaves", [False, True])
 async def test_a_timeout_ends_what_the_reward_has_started_too(
-    start_pool: StartPool, tmp_path: Path
+    start_pool: StartPool, tmp_path: Path, leaves: bool
 ) -> None:
     pool = await start_pool(timeout_s=3.0)
     path = tmp_path / "child"
-    result = await pool.score(make_job("waits_with_child", {"path": str(path)}))
+    result = await pool.score(make_job("waits_with_child", {"path": str(path), "leaves": leaves}))
     assert result.status is RewardStatus.TIMEOUT
     child = int(path.read_text())
     await wait_for(lambda: not is_alive(child))
