@@ -8,11 +8,13 @@ extension type 1 with their decimal digits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 
 BIG_INTEGER_TYPE = 1
+
+ContainerT = TypeVar("ContainerT")
 
 
 def pack(value: object) -> bytes:
@@ -36,12 +38,25 @@ def array_head(num_items: int) -> bytes:
     return head
 
 
-def unpack(body: bytes) -> Any:
+def unpack(body: bytes, max_containers: int | None = None) -> Any:
     """The value of a body that need not be trusted.
 
+    Args:
+        max_containers: an empty map or array takes one byte in the body and seventy in memory.
+
     Raises:
-        ValueError: not one MessagePack value, or nested too deeply.
+        ValueError: not one MessagePack value, nested too deeply, or with too many maps and arrays.
     """
+    num_containers = 0
+
+    def count(container: ContainerT) -> ContainerT:
+        nonlocal num_containers
+        num_containers += 1
+        if max_containers is not None and num_containers > max_containers:
+            raise ValueError(f"it has more than {max_containers} maps and arrays")
+        return container
+
+    hook = None if max_containers is None else count
     # Skipping allocates nothing and ends only if every element that a header announces is there:
     # otherwise a few bytes could make the reader reserve gigabytes.
     skipper = msgpack.Unpacker(max_buffer_size=0)
@@ -50,7 +65,13 @@ def unpack(body: bytes) -> Any:
         skipper.skip()
         if skipper.tell() != len(body):
             raise ValueError(f"{len(body) - skipper.tell()} bytes follow the value")
-        return msgpack.unpackb(body, strict_map_key=False, ext_hook=_unpack_extension)
+        return msgpack.unpackb(
+            body,
+            strict_map_key=False,
+            ext_hook=_unpack_extension,
+            object_hook=hook,
+            list_hook=hook,
+        )
     except msgpack.OutOfData as exc:
         raise ValueError("the value is cut short") from exc
     except TypeError as exc:  # a key that is a map or an array

@@ -26,6 +26,8 @@ LOGGER = logging.getLogger(__name__)
 
 MAX_SHOWN_CHARACTERS = 120
 MAX_SHOWN_PROBLEMS = 3
+MAX_LISTED_PROBLEMS = 1000
+"""A list of more than that would take more memory than the body."""
 MAX_MESSAGE_CHARACTERS = 2000
 """Messages quote what was sent, and what was sent may be long."""
 
@@ -51,8 +53,13 @@ class BodyError(Exception):
     """A body that does not validate; carries pydantic's account of it."""
 
     def __init__(self, cause: ValidationError) -> None:
-        super().__init__(str(cause))
-        self.problems = cause.errors(include_url=False, include_context=False)
+        num_problems = cause.error_count()
+        super().__init__(f"{num_problems} problems")
+        if num_problems <= MAX_LISTED_PROBLEMS:
+            self.problems: Sequence[Any] = cause.errors(include_url=False, include_context=False)
+        else:
+            message = f"{num_problems} fields or values are not what they should be"
+            self.problems = [{"type": "value_error", "loc": (), "msg": message}]
 
 
 class HttpError(Exception):
@@ -208,7 +215,8 @@ def _allowed_methods(request: Request) -> list[str]:
 
 def _one_per_field(problems: Sequence[Any]) -> list[Any]:
     """A field of several possible forms gets one complaint per form: keep the form that came
-    closest (the deepest complaint), or the first when none came close."""
+    closest (the deepest complaint, and of lists the one furthest down its list), or the first when
+    none came close."""
     by_path: dict[str, list[Any]] = {}
     for problem in problems:
         by_path.setdefault(dotted_path(problem["loc"]), []).append(problem)
@@ -216,8 +224,13 @@ def _one_per_field(problems: Sequence[Any]) -> list[Any]:
     for same_path in by_path.values():
         depths = [len(problem["loc"]) for problem in same_path]
         deepest = [p for p, depth in zip(same_path, depths, strict=True) if depth == max(depths)]
-        kept.append(deepest[0] if min(depths) == max(depths) else deepest[-1])
+        furthest = max(reversed(deepest), key=_last_index)  # the last of several
+        kept.append(deepest[0] if min(depths) == max(depths) else furthest)
     return kept
+
+
+def _last_index(problem: Any) -> int:
+    return next((part for part in reversed(problem["loc"]) if isinstance(part, int)), -1)
 
 
 def _cut(text: str, max_characters: int) -> str:

@@ -18,6 +18,8 @@ from shared.msgpack_bodies import array_head, map_head, pack, unpack
 
 JSON_TYPE = "application/json"
 MSGPACK_TYPE = "application/msgpack"
+MAX_CONTAINERS = 1 << 18
+"""Maps and arrays of a request: beyond any that the limits accept, and some 20 MiB of memory."""
 MSGPACK_CONTENT: dict[str, object] = {MSGPACK_TYPE: {}}
 """For OpenAPI: the same values; JSON Schema cannot describe another notation."""
 
@@ -34,7 +36,7 @@ def json_of_msgpack(body: bytes) -> bytes:
     Raises:
         ValueError: not one MessagePack value, or one that JSON cannot say.
     """
-    return to_json(unpack(body), inf_nan_mode="constants", bytes_mode="hex")
+    return to_json(unpack(body, MAX_CONTAINERS), inf_nan_mode="constants", bytes_mode="hex")
 
 
 def msgpack_of_json(body: bytes) -> bytes:

@@ -108,6 +108,7 @@ class RolloutExecution:
         """Be what ended in an earlier process."""
         self.error = error
         self.state = RolloutRunState.FINISHED if error is None else RolloutRunState.FAILED
+        self._drop_prompts()
 
     async def wait(self, timeout_s: float | None = None) -> None:
         """Until the state is final or ``timeout_s`` has passed. Never raises the run's error.
@@ -198,9 +199,15 @@ class RolloutExecution:
         finally:
             self._parts.router.accounts.settle(num_cancelled=self._num_unsettled)
             self._num_unsettled = 0
-            self._prompts = ()  # ended executions are kept for their groups, which hold the ids
+            self._drop_prompts()
             on_end(self, None if is_interrupted else self._ending())
             self._notify()
+
+    def _drop_prompts(self) -> None:
+        """Ended executions are kept for their groups, which hold what goes out; only those count
+        towards ``server.result_store_mib``."""
+        self._prompts = ()
+        self._request = self._request.model_copy(update={"prompts": []})
 
     def _fail(self, error: SlipstreamError) -> None:
         self.error = self.error or error

@@ -58,6 +58,7 @@ def _confine(max_memory_mib: int) -> None:
     if hard != resource.RLIM_INFINITY:  # scoring.max_memory_mib
         max_memory_mib = min(max_memory_mib, hard // MIB)
     WorkerLimits(max_memory_mib=max_memory_mib, denies_network=True).apply()
+    # Against write(): what is there already can be changed through mmap.
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     # Orphans of the tests become our children, so that we find them.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -19,11 +19,15 @@ import signal
 import struct
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 MIB = 1024 * 1024
+MAX_PASSES = 16
+"""Over descendants that are to be killed, for a tree that grows meanwhile."""
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_SECCOMP = 22
 SECCOMP_MODE_FILTER = 2
@@ -126,6 +130,38 @@ def end_with_parent(parent_pid: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent_pid:  # it died before the signal was asked for
         sys.exit(0)
+
+
+def adopt_orphans(is_on: bool) -> None:
+    """Whether what loses its parent among our descendants becomes our child, and can be found."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, int(is_on), 0, 0, 0)
+
+
+def child_pids(pid: int) -> set[int]:
+    """Children of a process, ended ones that were not waited for included; none if it is gone."""
+    found: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found.update(int(word) for word in path.read_text().split())
+    return found
+
+
+def kill_descendants(pid: int) -> None:
+    """What a process has started, and what that has, whatever their process groups. Those that are
+    started meanwhile, or change their parent, are found as long as the process itself lives."""
+    killed: set[int] = set()
+    for _ in range(MAX_PASSES):
+        found: set[int] = set()
+        level = {pid}
+        while level := set().union(*map(child_pids, level)) - found:
+            found |= level
+        for descendant in found - killed:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(descendant, signal.SIGKILL)
+        if found <= killed:
+            return
+        killed |= found
 
 
 def deny_sockets() -> None:

@@ -26,12 +26,14 @@ millisecond, so more would save little, and keep samples from idle workers."""
 
 
 def encode_frame(message: Mapping[str, Any]) -> bytes:
-    """Serialize a message.
+    """Serialize a message. Half a surrogate pair, which Python's text may hold, becomes "?": no
+    answer of the API could have it, and one reward's text would fail the whole request.
 
     Raises:
         TypeError, ValueError: it holds something JSON has no form for (NaN and infinity included).
     """
-    body = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
+    text = json.dumps(message, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    body = text.encode(errors="replace")
     return len(body).to_bytes(LENGTH_NUM_BYTES, "big") + body
 
 

@@ -9,6 +9,7 @@ costs the sample it had in hand; those it had not begun go back into the queue (
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -26,6 +27,8 @@ from shared.clock import Clock, SystemClock
 from shared.config.server import ScoringConfig
 from shared.errors import ConfigurationError, InvalidRequestError, ScoringError
 from shared.schemas.rollouts import RewardSpec
+
+logger = logging.getLogger(__name__)
 
 
 class ScoringPool:
@@ -174,6 +177,16 @@ class ScoringPool:
                     await seat.run(samples.jobs, partial(self._settle_next, samples))
                 except ScoringError as exc:
                     samples.settle_next(exc)
+                    self._waiting.put(samples.rest)
+                    continue
+                # Whatever it is: the seat would be gone for good, and its samples with it. The
+                # seat has killed its worker, and the loop is bounded by the sample that it costs.
+                except Exception:
+                    logger.exception("scoring: a sample failed for a reason of ours")
+                    if len(samples.rest) > 0:
+                        samples.settle_next(
+                            ScoringError("internal error; the server's log has the details")
+                        )
                     self._waiting.put(samples.rest)
                     continue
                 except BaseException:

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from rollout_server.scoring.confinement import WorkerLimits, end_with_parent
@@ -24,6 +24,8 @@ from rollout_server.scoring.registry import BUILTIN_REWARDS, RewardFunction, imp
 from rollout_server.scoring.signature import read_signature
 
 MAX_DETAIL_BYTES = 64 * 1024
+MAX_DETAIL_DEPTH = 50
+"""Lists and objects within each other. Answers and their readers have limits of a few hundred."""
 MAX_ERROR_CHARS = 2000
 
 
@@ -118,7 +120,25 @@ def _read_returned(returned: object) -> dict[str, Any]:
     num_bytes = len(json.dumps(detail, allow_nan=False))
     if num_bytes > MAX_DETAIL_BYTES:
         raise ValueError(f"detail of {num_bytes} bytes is above the limit of {MAX_DETAIL_BYTES}")
+    if _is_deeper(detail, MAX_DETAIL_DEPTH):
+        raise ValueError(f"detail is nested deeper than the limit of {MAX_DETAIL_DEPTH} levels")
     return {"reward": reward, "detail": detail}
+
+
+def _is_deeper(value: object, max_depth: int) -> bool:
+    """Of a value whose JSON is small: what is shared inside it is visited once per place."""
+    level = [value]
+    for _ in range(max_depth + 1):
+        level = [inner for outer in level for inner in _inner_values(outer)]
+    return bool(level)
+
+
+def _inner_values(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values() or (None,)  # an empty one is a level too
+    if isinstance(value, (list, tuple)):
+        return value or (None,)
+    return ()
 
 
 def _describe(exc: BaseException) -> str:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rollout_server.scoring.confinement import WorkerLimits
+from rollout_server.scoring.confinement import WorkerLimits, kill_descendants
 from rollout_server.scoring.frames import (
     LENGTH_NUM_BYTES,
     decode_body,
@@ -162,6 +162,8 @@ class WorkerProcess:
         """End the process and whatever it has started. Never raises; may be called again."""
         if not self._is_killed:
             self._is_killed = True  # once: the number may belong to somebody else afterwards
+            if self._process.returncode is None:  # else its number may be somebody else's
+                kill_descendants(self._process.pid)  # some may have left its group
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -188,8 +190,15 @@ class WorkerProcess:
             return "the worker closed its pipe"
         if code < 0:
             limit = " (scoring.max_cpu_s)" if -code == signal.SIGXCPU else ""
-            return f"the worker was ended by {signal.Signals(-code).name}{limit}"
+            return f"the worker was ended by {_signal_name(-code)}{limit}"
         return f"the worker ended with exit code {code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal between SIGRTMIN and SIGRTMAX has no name
+        return f"signal {number}"
 
 
 def _environment() -> dict[str, str]:

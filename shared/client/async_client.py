@@ -215,9 +215,9 @@ class AsyncRolloutClient(AsyncControlCalls):
             try:
                 async with aclosing(self._connection.lines(call)) as lines:
                     async for line in lines:
-                        attempts.progressed()
                         group = tracker.take(line)
-                        if group is not None:
+                        if group is not None:  # one that comes again is no progress
+                            attempts.progressed()
                             yield group
                             attempts.progressed()  # what the caller does is not waiting
                 return

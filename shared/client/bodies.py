@@ -8,10 +8,13 @@ from typing import TypeVar
 from pydantic import BaseModel
 
 from shared.client.headers import MSGPACK_TYPE
-from shared.errors import SlipstreamError, UnavailableError
+from shared.errors import EngineDeadError, OverloadedError, SlipstreamError, UnavailableError
 from shared.schemas.rollouts import StreamLine
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
+
+PASSING_CODES = frozenset({UnavailableError.code, OverloadedError.code, EngineDeadError.code})
+"""Of errors in a stream that are answered with 429 or 503 elsewhere: worth another attempt."""
 
 
 def encode_body(body: BaseModel | None, content_type: str) -> bytes | None:
@@ -52,7 +55,8 @@ class LineReader:
         """The lines that are complete with this piece.
 
         Raises:
-            SlipstreamError: the server gave up; its reason.
+            UnavailableError: the server gave up for a reason that passes.
+            SlipstreamError: it gave up for another one; its reason.
         """
         if self._stream is not None:
             for value in self._stream.feed(piece):
@@ -82,6 +86,10 @@ class LineReader:
     def _checked(self, line: StreamLine) -> StreamLine:
         if line.type == "error":
             reason = "no reason given" if line.error is None else line.error.message
-            raise SlipstreamError(f"the server gave up on the rollouts: {reason}")
+            message = f"the server gave up on the rollouts: {reason}"
+            # What passes: asked again, the server goes on from the groups it has.
+            if line.error is not None and line.error.code in PASSING_CODES:
+                raise UnavailableError(message)
+            raise SlipstreamError(message)
         self._is_done = line.type == "done"
         return line

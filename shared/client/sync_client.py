@@ -201,9 +201,9 @@ class RolloutClient(ControlCalls):
         while True:
             try:
                 for line in self._connection.lines(call):
-                    attempts.progressed()
                     group = tracker.take(line)
-                    if group is not None:
+                    if group is not None:  # one that comes again is no progress
+                        attempts.progressed()
                         yield group
                         attempts.progressed()  # what the caller does meanwhile is not waiting
                 return

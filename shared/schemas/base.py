@@ -1,6 +1,22 @@
 """What every wire body has in common."""
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, JsonValue
+
+ItemT = TypeVar("ItemT")
+
+
+class _FailFast(FailFast):
+    """Pydantic's own cannot be part of a union in Python 3.11, which asks for hashes."""
+
+    def __hash__(self) -> int:
+        return hash(self.fail_fast)
+
+
+Checked = Annotated[list[ItemT], _FailFast()]
+"""A list of a request. Ends at the first item that is wrong: an account of each of a million would
+take hundreds of times the memory of the body."""
 
 
 class WireModel(BaseModel):

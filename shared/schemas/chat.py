@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from shared.schemas.base import WireModel
+from shared.schemas.base import Checked, WireModel
 from shared.schemas.completions import CompletionUsage, StreamOptions
 from shared.schemas.rollouts import LogitBias, SessionId, WeightVersionSpan
 
@@ -26,14 +26,14 @@ class ChatTurn(WireModel):
     """One message of the conversation so far."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str | list[ChatTextPart]
+    content: str | Checked[ChatTextPart]
 
 
 class ChatCompletionRequest(WireModel):
     """Body of ``POST /v1/chat/completions``."""
 
     model: str
-    messages: list[ChatTurn] = Field(min_length=1)
+    messages: Checked[ChatTurn] = Field(min_length=1)
     n: int = Field(default=1, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """What the model's context and ``server.limits.max_tokens`` leave when absent."""
@@ -41,9 +41,9 @@ class ChatCompletionRequest(WireModel):
     """OpenAI's older name of ``max_completion_tokens``."""
     temperature: float = Field(default=1.0, ge=0.0, le=100.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, lt=2**31)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    stop: str | list[str] | None = None
+    stop: str | Checked[str] | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from shared.schemas.base import WireModel
+from shared.schemas.base import Checked, WireModel
 from shared.schemas.rollouts import LogitBias, SessionId, TokenId, WeightVersionSpan
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[Checked[TokenId], Field(min_length=1)]
 
 
 class StreamOptions(WireModel):
@@ -26,14 +26,14 @@ class CompletionRequest(WireModel):
     """Body of ``POST /v1/completions``."""
 
     model: str
-    prompt: str | list[str] | list[TokenId] | list[TokenIds]
+    prompt: str | Checked[str] | Checked[TokenId] | Checked[TokenIds]
     n: int = Field(default=1, ge=1)
     max_tokens: int = Field(default=16, ge=1)
     temperature: float = Field(default=1.0, ge=0.0, le=100.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, lt=2**31)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
-    stop: str | list[str] | None = None
+    stop: str | Checked[str] | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)

@@ -6,10 +6,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.schemas.base import ErrorBody, JsonObject, WireModel
+from shared.schemas.base import Checked, ErrorBody, JsonObject, WireModel
 from shared.types import FinishReason, RewardStatus, RolloutRunState
 
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+"""Engines keep tokens and counts in 32 bits, and fail on what has more."""
 LogitBias = dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]]
 """Added to the logits of these tokens before anything else is done to them."""
 
@@ -30,8 +31,8 @@ class PromptItem(WireModel):
     """One prompt, given in exactly one of three forms, and what the reward needs to judge it."""
 
     prompt: str | None = Field(default=None, min_length=1)
-    prompt_token_ids: list[TokenId] | None = Field(default=None, min_length=1)
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    prompt_token_ids: Checked[TokenId] | None = Field(default=None, min_length=1)
+    messages: Checked[ChatMessage] | None = Field(default=None, min_length=1)
     answer: str | None = None
     """Reference answer, handed to the reward function."""
     metadata: JsonObject = Field(default_factory=dict)
@@ -59,14 +60,14 @@ class SamplingOptions(WireModel):
     temperature: float = Field(default=1.0, ge=0.0, le=100.0)
     """0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, lt=2**31)
     """0 keeps every token."""
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     """Drops tokens less likely than this share of the likeliest one; 0 keeps every token."""
     max_tokens: int = Field(default=256, ge=1)
     min_tokens: int = Field(default=0, ge=0)
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    stop_token_ids: list[TokenId] = Field(default_factory=list)
+    stop: Checked[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    stop_token_ids: Checked[TokenId] = Field(default_factory=list)
     ignore_eos: bool = False
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=10.0)
@@ -95,7 +96,7 @@ class RolloutRequest(WireModel):
         default=None, min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:=/-]+$"
     )
     """Idempotency key; the server makes one up when it is absent."""
-    prompts: list[PromptItem] = Field(min_length=1)
+    prompts: Checked[PromptItem] = Field(min_length=1)
     n: int = Field(default=1, ge=1)
     """Samples per prompt (the group size of GRPO)."""
     over_provision: int = Field(default=0, ge=0)

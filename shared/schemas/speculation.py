@@ -11,7 +11,7 @@ from shared.config.speculation import (
     DEFAULT_MIN_SPEEDUP,
     DEFAULT_SWITCH_MARGIN,
 )
-from shared.schemas.base import WireModel
+from shared.schemas.base import Checked, WireModel
 from shared.types import SpeculationMode, SpeculationReason
 
 
@@ -64,7 +64,7 @@ class SpeculationChange(SpeculationPatch):
         }
     )
 
-    engine_ids: list[str] | None = Field(default=None, min_length=1)
+    engine_ids: Checked[str] | None = Field(default=None, min_length=1)
     """Engines that get settings of their own, which last until the next change for all. Left out:
     all engines and those that join later, and no engine keeps settings of its own."""
 

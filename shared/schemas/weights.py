@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from shared.schemas.base import WireModel
+from shared.schemas.base import Checked, WireModel
 from shared.types import PushPhase, SegmentEncoding, TransportKind
 
 
@@ -14,7 +14,7 @@ class TensorEntry(WireModel):
     name: str = Field(min_length=1)
     dtype: str
     """safetensors dtype name: ``F32``, ``BF16``, ``F16``."""
-    shape: list[int]
+    shape: Checked[int]
     num_bytes: int = Field(ge=0)
     digest: str
     """xxh3-128 of the raw bytes, hexadecimal."""
@@ -27,7 +27,7 @@ class WeightManifest(WireModel):
     """File name inside the server's own ``weights.shared_memory_dir``; never a path."""
     encoding: SegmentEncoding = SegmentEncoding.FULL
     """``delta``: the file holds what changed since ``base_version``."""
-    tensors: list[TensorEntry] = Field(min_length=1)
+    tensors: Checked[TensorEntry] = Field(min_length=1)
     """Every tensor of the version, however many of them the file holds."""
 
 

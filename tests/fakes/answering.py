@@ -70,7 +70,9 @@ def weights(version: int) -> Answer:
     return answer
 
 
-def stream(*prompt_indices: int, end: str | None = "done") -> Answer:
+def stream(
+    *prompt_indices: int, end: str | None = "done", error_code: str = "engine_error"
+) -> Answer:
     """A line per group; without ``end`` the connection closes in the middle."""
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -81,7 +83,7 @@ def stream(*prompt_indices: int, end: str | None = "done") -> Answer:
             line = {"type": "group", "request_id": "r", "group": group.model_dump(mode="json")}
             handler.wfile.write(json.dumps(line).encode() + b"\n")
         if end == "error":
-            error = {"code": "engine_error", "type": "t", "message": "burnt", "param": None}
+            error = {"code": error_code, "type": "t", "message": "burnt", "param": None}
             line = {"type": "error", "request_id": "r", "error": error}
             handler.wfile.write(json.dumps(line).encode() + b"\n")
         elif end == "done":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -11,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from rollout_server.scoring.frames import encode_frame
 
 Metadata = dict[str, Any]
 
@@ -39,13 +42,29 @@ def waits(prompt: str, completion: str, answer: str | None, metadata: Metadata, 
 
 
 def waits_with_child(
-    prompt: str, completion: str, answer: str | None, metadata: Metadata, path: str
+    prompt: str,
+    completion: str,
+    answer: str | None,
+    metadata: Metadata,
+    path: str,
+    leaves: bool = False,
 ) -> float:
-    """Tell the pid of a process it has started, then do not return."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    """Tell the pid of a process it has started, maybe in its own session, then do not return."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    child = subprocess.Popen(sleep, start_new_session=leaves)
     write_whole(path, child.pid)
     time.sleep(600)
     return 0.0
+
+
+def echoes(
+    prompt: str, completion: str, answer: str | None, metadata: Metadata, fails: bool = False
+) -> tuple[float, Metadata]:
+    """Half a surrogate pair behind the completion, as detail or as the error."""
+    text = completion + "\ud800"
+    if fails:
+        raise RuntimeError(text)
+    return 1.0, {text: text}
 
 
 def exits(prompt: str, completion: str, answer: str | None, metadata: Metadata) -> float:
@@ -54,6 +73,21 @@ def exits(prompt: str, completion: str, answer: str | None, metadata: Metadata) 
 
 def segfaults(prompt: str, completion: str, answer: str | None, metadata: Metadata) -> float:
     os.kill(os.getpid(), signal.SIGSEGV)
+    return 0.0
+
+
+def signals(
+    prompt: str, completion: str, answer: str | None, metadata: Metadata, number: int
+) -> float:
+    os.kill(os.getpid(), number)
+    return 0.0
+
+
+def meddles(prompt: str, completion: str, answer: str | None, metadata: Metadata) -> float:
+    """Answer in the worker's place, with nonsense, through every descriptor there is."""
+    for descriptor in range(3, 20):
+        with contextlib.suppress(OSError):
+            os.write(descriptor, encode_frame({}))
     return 0.0
 
 
@@ -163,7 +197,7 @@ USER_REWARDS = {
     function.__name__: f"{__name__}:{function.__name__}"
     for function in (
         length, raises, hangs, waits, waits_with_child, exits, segfaults, prints, pid, order,
-        obeys, meets,
+        obeys, meets, echoes, signals, meddles,
         connects, connects_in_child, pairs, allocates, computes, variables,
     )
 }  # fmt: skip

@@ -139,6 +139,15 @@ CASES: list[tuple[tuple[str, str], object, int, str | None, str]] = [
     (ROLLOUTS, rollout(sampling={"max_tokens": 601}), 400, "sampling.max_tokens", "600"),
     (ROLLOUTS, rollout(sampling={"min_tokens": 9, "max_tokens": 8}), 422, "sampling", "9.*8"),
     (ROLLOUTS, rollout(sampling={"seed": 2**63}), 422, "sampling.seed", "less than"),
+    (ROLLOUTS, rollout(sampling={"top_k": 2**64}), 422, "sampling.top_k", "less than"),
+    (
+        ROLLOUTS,
+        rollout(sampling={"stop_token_ids": [2**64]}),
+        422,
+        "sampling.stop_token_ids.0",
+        "less",
+    ),
+    (COMPLETIONS, completion(top_k=2**31), 422, "top_k", "less than"),
     (ROLLOUTS, rollout(sampling={"stop": [""]}), 422, "sampling.stop.0", "at least 1"),
     (
         ROLLOUTS,

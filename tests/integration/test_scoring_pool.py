@@ -20,6 +20,7 @@ from shared.schemas.rollouts import RewardSpec
 from shared.types import RewardStatus
 from tests.fakes.processes import is_alive
 from tests.fakes.rewards import USER_REWARDS
+from tests.fakes.rollouts import rollout_sample
 
 StartPool = Callable[..., Awaitable[ScoringPool]]
 
@@ -65,6 +66,17 @@ async def test_a_user_reward_gets_the_sample_and_its_parameters(start_pool: Star
     assert result.detail == {"prompt": "p", "answer": "7", "metadata": {"k": [1, None]}}
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_text_that_is_no_unicode_does_not_reach_the_answer(
+    start_pool: StartPool, fails: bool
+) -> None:
+    pool = await start_pool()
+    result = await pool.score(make_job("echoes", {"fails": fails}))
+    assert result.status is (RewardStatus.ERROR if fails else RewardStatus.OK)
+    sample = rollout_sample(0, reward=1.0).model_copy(update={"reward_detail": result.detail})
+    assert "abc?" in sample.model_dump_json()
+
+
 async def test_a_builtin_reward_scores(start_pool: StartPool) -> None:
     pool = await start_pool()
     result = await pool.score(make_job("numeric_answer", completion="= 7"))
@@ -84,6 +96,22 @@ async def test_a_failing_reward_is_an_error_and_the_next_sample_is_scored(
     assert (await pool.score(make_job("length"))).reward == 3.0
 
 
+async def test_a_signal_without_a_name_is_told_by_its_number(start_pool: StartPool) -> None:
+    pool = await start_pool()
+    result = await pool.score(make_job("signals", {"number": 40}))
+    assert result.detail["error"] == "the worker was ended by signal 40"
+    assert (await pool.score(make_job("length"))).reward == 3.0
+
+
+async def test_an_answer_that_makes_no_sense_costs_one_sample_and_no_seat(
+    start_pool: StartPool,
+) -> None:
+    pool = await start_pool()
+    with pytest.raises(ScoringError, match="internal error"):
+        await pool.score(make_job("meddles"))
+    assert (await pool.score(make_job("length"))).reward == 3.0
+
+
 async def test_a_reward_that_hangs_is_a_timeout_and_its_worker_is_replaced(
     start_pool: StartPool,
 ) -> None:
@@ -98,12 +126,13 @@ async def test_a_reward_that_hangs_is_a_timeout_and_its_worker_is_replaced(
     assert not is_alive(int(before))
 
 
+@pytest.mark.parametrize("leaves", [False, True])
 async def test_a_timeout_ends_what_the_reward_has_started_too(
-    start_pool: StartPool, tmp_path: Path
+    start_pool: StartPool, tmp_path: Path, leaves: bool
 ) -> None:
     pool = await start_pool(timeout_s=3.0)
     path = tmp_path / "child"
-    result = await pool.score(make_job("waits_with_child", {"path": str(path)}))
+    result = await pool.score(make_job("waits_with_child", {"path": str(path), "leaves": leaves}))
     assert result.status is RewardStatus.TIMEOUT
     child = int(path.read_text())
     await wait_for(lambda: not is_alive(child))

@@ -29,6 +29,7 @@ from tests.fakes.rewards import USER_REWARDS
         ("numeric_answer", {"mark": "="}, "reward.params.mark", "marker"),
         ("regex", {}, "reward.params.pattern", "required"),
         ("regex", {"pattern": "(a"}, "reward.params.pattern", "unterminated"),
+        ("regex", {"pattern": "(?a)(?u)x"}, "reward.params.pattern", "incompatible"),
         ("format", {"tags": ["a b"]}, "reward.params.tags", "'a b'"),
         ("length_penalty", {"max_length": 0}, "reward.params.max_length", "below 1"),
         ("code_tests", {}, "reward.name", "scoring.allow_code_execution is false"),

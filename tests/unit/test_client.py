@@ -140,6 +140,15 @@ def test_silence_is_reported_with_what_was_waited_for_and_how_long() -> None:
         released.set()
 
 
+async def test_a_server_that_shuts_down_is_asked_again_by_the_asynchronous_client() -> None:
+    answers = stream(1, end="error", error_code="unavailable"), stream(1, 0, 2)
+    with answering(*answers) as (url, received):
+        async with async_client(url, FakeTime()) as client:
+            groups = [group async for group in client.stream_groups(REQUEST)]
+    assert [group.prompt_index for group in groups] == [1, 0, 2]
+    assert len(received) == 2
+
+
 def test_what_the_caller_does_between_groups_is_not_waiting() -> None:
     time = FakeTime()
     with (

@@ -50,6 +50,21 @@ def test_announcements_reserve_no_memory() -> None:
     assert peak_bytes < 8 * num_bytes
 
 
+@pytest.mark.parametrize("item", [b"\x80", b"\x90", b"\x91\x90", b"\x81\xa0\x80"])
+def test_containers_that_take_more_than_their_bytes_are_bounded(item: bytes) -> None:
+    num_items = 1 << 18
+    body = b"\xdd" + num_items.to_bytes(4, "big") + item * num_items
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="more than 1000 maps and arrays"):
+            unpack(body, max_containers=1000)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 10 * len(body)
+    assert unpack(pack([{}] * 999), max_containers=1000) == [{}] * 999
+
+
 def test_what_is_no_json_value_is_not_packed() -> None:
     with pytest.raises(TypeError, match="set is not a JSON value"):
         pack({"a": {1}})

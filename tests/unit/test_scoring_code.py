@@ -201,6 +201,21 @@ def leave():
     assert not is_alive(int(name))
 
 
+def test_nothing_is_left_of_a_test_that_ends_its_runner(tmp_path: Path) -> None:
+    code = f"""
+import os, subprocess, sys, time
+sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+child = subprocess.Popen(sleep, start_new_session=True)
+open({str(tmp_path)!r} + f"/{{child.pid}}", "w").close()
+os.kill(os.getppid(), 9)
+time.sleep(60)
+"""
+    with pytest.raises(RuntimeError, match="ended with code -9"):
+        judge(code, ["pass"])
+    (name,) = os.listdir(tmp_path)
+    assert not is_alive(int(name))
+
+
 @pytest.mark.parametrize(
     ("params", "name", "text"),
     [

@@ -13,9 +13,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic_core import from_json, to_json
 
 from rollout_server.scoring.frames import MAX_FRAME_BYTES, encode_frame, read_frame
-from rollout_server.scoring.worker import MAX_DETAIL_BYTES, run_job
+from rollout_server.scoring.worker import MAX_DETAIL_BYTES, MAX_DETAIL_DEPTH, run_job
+
+
+def nested(num_levels: int) -> dict[str, Any]:
+    detail: dict[str, Any] = {}
+    for level in range(num_levels - 1):
+        detail = {"x": [detail] if level == 1 else detail}
+    return detail
 
 
 def run(returned: object) -> dict[str, Any]:
@@ -38,6 +46,7 @@ def run(returned: object) -> dict[str, Any]:
         (Fraction(1, 4), 0.25, {}),
         (np.float32(0.5), 0.5, {}),
         ((0.5, {"why": "half"}), 0.5, {"why": "half"}),
+        ((0.5, nested(MAX_DETAIL_DEPTH - 1)), 0.5, nested(MAX_DETAIL_DEPTH - 1)),
     ],
 )
 def test_numbers_with_and_without_detail_are_rewards(
@@ -58,6 +67,8 @@ def test_numbers_with_and_without_detail_are_rewards(
         (1.0, {"x": object()}),
         (1.0, "text"),
         (1.0, {"x": "y" * MAX_DETAIL_BYTES}),
+        (1.0, nested(MAX_DETAIL_DEPTH)),
+        (1.0, nested(10_000)),
         (None, {}),
         [1.0],
     ],
@@ -99,7 +110,7 @@ json_values = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters()),
+    | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=10,
 )
@@ -108,6 +119,14 @@ json_values = st.recursive(
 @given(st.dictionaries(st.text(), json_values))
 def test_every_message_survives_the_pipe(message: dict[str, Any]) -> None:
     assert read_frame(io.BytesIO(encode_frame(message))) == message
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\udc80\ud83d"])
+def test_half_a_surrogate_pair_becomes_text_that_any_answer_can_have(text: str) -> None:
+    message = read_frame(io.BytesIO(encode_frame({"error": text, "detail": {text: [text]}})))
+    assert message is not None
+    assert len(message["error"]) == len(text)
+    assert from_json(to_json(message)) == message
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4, 9])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from typing import cast
 
 import pytest
@@ -13,8 +14,9 @@ from rollout_server.rollouts.groups import policy_lag
 from rollout_server.rollouts.prompts import check_prompt_tokens, prepare_prompts
 from rollout_server.rollouts.result_store import ENTRY_OVERHEAD_BYTES, ResultStore
 from shared.errors import InvalidRequestError
-from shared.schemas.rollouts import PromptItem, WeightVersionSpan
-from tests.fakes.service import FakeTokenizer
+from shared.schemas.rollouts import PromptItem, RolloutRequest, WeightVersionSpan
+from tests.fakes.engine import FakeEngine
+from tests.fakes.service import FakeTokenizer, fake_service, running, until
 
 MODEL = ModelInfo(model_id="m", vocab_size=256, max_model_len=20)
 
@@ -57,6 +59,19 @@ def test_a_result_put_again_replaces_the_old_one_and_its_bytes() -> None:
     store.put(ended("a", 500))
     store.put(ended("a", 100))
     assert store.num_bytes == 100 + ENTRY_OVERHEAD_BYTES
+
+
+async def test_a_kept_result_does_not_keep_its_prompts() -> None:
+    service = fake_service([FakeEngine("a")])
+    async with running(service):
+        request = RolloutRequest(request_id="r", prompts=[PromptItem(prompt="hi")])
+        item = weakref.ref(request.prompts[0])
+        execution = await service.rollouts.submit(request)
+        del request
+        await execution.wait()
+        await until(lambda: item() is None, "the prompt to be forgotten")
+        assert execution.num_finished_groups == 1
+        assert execution.outlives_clients
 
 
 def test_policy_lag_counts_from_the_oldest_token() -> None:

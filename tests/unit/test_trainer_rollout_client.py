@@ -105,10 +105,33 @@ def test_an_absent_server_is_waited_for_and_then_given_up_with_the_setting_named
 
 def test_progress_starts_the_patience_afresh() -> None:
     time = FakeTime()
-    answers = [status(503, "7"), stream(0, end=None)] * 3 + [stream(0, 1, 2)]
+    answers = []
+    for indices_so_far in ([0], [0, 1], [0, 1, 2]):
+        answers += [status(503, "7"), stream(*indices_so_far, end=None)]
+    answers.append(stream(0, 1, 2))
     with answering(*answers) as (url, _), client_of(url, time, timeout_s=10.0) as client:
         assert indices(client) == [0, 1, 2]
     assert sum(time.pauses_s) > 20.0
+
+
+def test_groups_that_come_again_are_no_progress() -> None:
+    time = FakeTime()
+    with (
+        answering(*[stream(0, end=None)] * 5) as (url, _),
+        client_of(url, time, timeout_s=5.0) as client,
+        pytest.raises(UnavailableError, match=r"no progress.*5 attempts"),
+    ):
+        indices(client)
+
+
+@pytest.mark.parametrize("code", ["unavailable", "overloaded", "engine_dead"])
+def test_an_error_that_passes_is_waited_out(code: str) -> None:
+    time = FakeTime()
+    answers = stream(0, end="error", error_code=code), stream(0, 1, 2)
+    with answering(*answers) as (url, received), client_of(url, time) as client:
+        assert indices(client) == [0, 1, 2]
+    assert received[0] == received[1]
+    assert len(time.pauses_s) == 1
 
 
 def test_a_stop_ends_the_waiting() -> None:

@@ -6,13 +6,16 @@ Code and tests run in a process of their own, ``code_runner.py``. They are code 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rollout_server.scoring.confinement import adopt_orphans, child_pids
 from rollout_server.scoring.signature import RewardParamError
 
 LANGUAGES = ("", "py", "python", "python3")
@@ -117,12 +120,15 @@ def _tests_of(answer: str | None) -> list[str]:
 
 
 def _run(job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
-    """Have the runner do it.
+    """Have the runner do it; nothing it has started is left, even if code ends the runner.
 
     Raises:
         ValueError: it refuses a test, or cannot confine itself.
         RuntimeError: it did not come to its end.
     """
+    earlier = child_pids(os.getpid())
+    # Only meanwhile: nobody waits for orphans that other rewards may leave.
+    adopt_orphans(True)
     try:
         run = subprocess.run(
             [sys.executable, "-P", "-B", "-m", RUNNER, str(os.getpid())],
@@ -136,6 +142,9 @@ def _run(job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired as exc:
         raise RuntimeError(f"the runner of code_tests did not end within {timeout_s:g} s") from exc
+    finally:
+        _end_children(earlier)
+        adopt_orphans(False)
     try:
         report = json.loads(run.stdout)
     except ValueError as exc:
@@ -143,6 +152,16 @@ def _run(job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
     if "refused" in report:
         raise ValueError(f"code_tests: {report['refused']}")
     return dict(report)
+
+
+def _end_children(earlier: set[int]) -> None:
+    """Kill and reap those that are new, and the orphans that become ours by it."""
+    while new := child_pids(os.getpid()) - earlier:
+        for pid in new:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def _environment() -> dict[str, str]:

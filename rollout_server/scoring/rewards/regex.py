@@ -72,5 +72,5 @@ def check_regex_params(params: Mapping[str, Any]) -> None:
     parse = importlib.import_module("re._parser").parse
     try:
         parse(pattern)
-    except (re.error, OverflowError, RecursionError) as exc:
+    except (re.error, ValueError, OverflowError, RecursionError) as exc:
         raise RewardParamError("pattern", f"is no regular expression: {exc}") from exc
