@@ -5,6 +5,7 @@ Request ids in and out, metrics by route, the last catch for bugs, and the limit
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import uuid
@@ -16,7 +17,7 @@ from rollout_server.api.errors import internal_error_response, slipstream_error_
 from rollout_server.api.noted_errors import note_error, noted_errors
 from rollout_server.metrics import ServiceMetrics
 from rollout_server.tracing import remote_parent
-from shared.errors import SlipstreamError, TooLargeError
+from shared.errors import SlipstreamError, TooLargeError, UnavailableError
 from shared.logging import log_context
 
 LOGGER = logging.getLogger(__name__)
@@ -65,6 +66,12 @@ class RequestContext:
         self._metrics.begin_request()
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # At its shutdown uvicorn cancels what still runs, and would answer with a bare 500.
+            if not status:
+                error = UnavailableError("the server is shutting down")
+                await slipstream_error_response(error)(scope, receive, send_with_id)
+            raise
         except Exception:
             # The last line of defence: a bug is logged and answered, and the server lives on.
             LOGGER.exception(
