@@ -132,13 +132,25 @@ def drafter_table(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "Medians. " + _circumstances(document["circumstances"])])
 
 
+WEIGHT_PHASES = (
+    "publish",
+    "verifying",
+    "staging",
+    "loading",
+    "recording",
+    "resume",
+    "requantize",
+    "all",
+)
+
+
 def weights_table(document: dict[str, Any]) -> str:
     """A row per phase of a push to one engine, of what changed, and to two."""
     result = document["result"]
     sides = (result["phases_s"], result["phases_of_delta_s"], result["phases_of_two_s"])
     header = ["seconds", "one engine", "1 % changed", "two engines"]
     lines = [_row(header), _row([":---", *["---:"] * len(sides)])]
-    for phase in ("publish", "verifying", "staging", "loading", "recording", "resume", "all"):
+    for phase in WEIGHT_PHASES:
         lines.append(_row([phase, *(f"{side[phase]:.3f}" for side in sides)]))
     return "\n".join(
         [
