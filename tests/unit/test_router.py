@@ -177,7 +177,7 @@ async def test_cancelling_a_group_aborts_it_on_its_engine_and_frees_the_room() -
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-        assert engine.aborted == ["g"]
+        assert set(engine.aborted) == {"g"}
         assert router.num_reserved("a") == 0
 
 
@@ -237,7 +237,7 @@ async def test_closing_a_stream_early_aborts_it_on_the_engine() -> None:
         stream = router.generate_stream(group("g"))
         await anext(stream)
         await stream.aclose()
-        assert engine.aborted == ["g"]
+        assert set(engine.aborted) == {"g"}
         assert router.num_reserved("a") == 0
 
 

@@ -66,6 +66,7 @@ async def test_an_abort_reaches_every_piece_of_a_continued_group() -> None:
         await until(lambda: engines[1].num_running == 2, "the other engine to have both")
         await router.abort("g")
         samples = (await task).result.samples
-    assert engines[1].aborted == ["g/attempt=2/sample=0", "g/attempt=2/sample=1"]
+    # A set: one that goes on is told again by the next question for its progress.
+    assert set(engines[1].aborted) == {"g/attempt=2/sample=0", "g/attempt=2/sample=1"}
     assert {sample.finish_reason for sample in samples} == {FinishReason.ABORT}
     assert all(len(sample.token_ids) > 2 for sample in samples)
