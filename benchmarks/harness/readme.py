@@ -178,7 +178,12 @@ def faults_table(document: dict[str, Any]) -> str:
     sent = result["bad_pushes_by_kind"]
     lines += [_row([f"push: {kind}", str(count)]) for kind, count in sent.items()]
     kills = result["kills_by_victim"]
-    lines += [_row([f"kill -9: {victim}", str(count)]) for victim, count in kills.items()]
+    # Runs before these were counted apart have all kills only.
+    inside = result.get("kills_inside_the_window", {})
+    lines += [
+        _row([f"kill -9: {victim}", _of_them_inside(count, inside.get(victim))])
+        for victim, count in kills.items()
+    ]
     totals = ("wrong_version_samples", "half_loaded", "hangs", "leftovers")
     return "\n".join(
         [
@@ -192,6 +197,10 @@ def faults_table(document: dict[str, Any]) -> str:
             + _circumstances(document["circumstances"]),
         ]
     )
+
+
+def _of_them_inside(count: int, inside: int | None) -> str:
+    return f"{count}" if inside is None else f"{count}, {inside} before the push had its answer"
 
 
 def transports_table(document: dict[str, Any]) -> str:

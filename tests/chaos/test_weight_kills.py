@@ -25,7 +25,7 @@ ROUNDS = 15
 
 def test_what_is_killed_inside_a_push_leaves_one_version(tmp_path: Path) -> None:
     counts, leftovers = run_kills(tmp_path, ROUNDS, seed=1)
-    assert sum(counts.kills.values()) == ROUNDS * len(VICTIMS)
+    assert all(counts.kills_inside[victim] >= ROUNDS for victim in VICTIMS)
     assert counts.checked_samples > 0
     assert (counts.wrong_version_samples, counts.half_loaded, counts.hangs) == (0, 0, 0)
     assert leftovers == 0, "shared memory left behind"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ url, model, version, base, encoding = sys.argv[1:]
 client = httpx.Client(base_url=url, timeout=90)
 only_changes = encoding == "delta"
 answer = push_to(client, Path(model), int(version), int(base), only_changes=only_changes)
-print(answer.status_code)
+print(answer.status_code, flush=True)
 """
 
 
@@ -50,6 +51,8 @@ class Counts:
     """What a run adds up to."""
 
     kills: Counter[str] = field(default_factory=Counter)
+    kills_inside: Counter[str] = field(default_factory=Counter)
+    """Those that struck before the push had its answer."""
     committed_pushes: int = 0
     checked_samples: int = 0
     wrong_version_samples: int = 0
@@ -97,8 +100,10 @@ class KillRun:
         with self._sampling():
             self._await_push(new_version)
             time.sleep(self._generator.uniform(0.0, WINDOW_S))
+            is_answered = bool(select.select([pusher.stdout], [], [], 0)[0])
             self._kill(victim, pids, pusher)
             self.counts.kills[victim] += 1
+            self.counts.kills_inside[victim] += not is_answered
             started = time.monotonic()
             try:
                 answer, _ = pusher.communicate(timeout=HANG_S)
