@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rollout_server.engine.footprint import OPENMP_FILE, SHARED_MEMORY
 from shared.errors import EngineDeadError
 from tests.support.engine import running_engine
 from tests.support.models import make_model
@@ -24,6 +25,7 @@ async def test_its_status_says_so(tmp_path: Path) -> None:
             for child in psutil.Process().children(recursive=True)
             if "EngineCore" in " ".join(child.cmdline())
         )
+        killed = [core.pid, *(child.pid for child in core.children(recursive=True))]
         core.kill()
 
         async def until_dead() -> None:
@@ -34,3 +36,6 @@ async def test_its_status_says_so(tmp_path: Path) -> None:
         for question in (actor.load, actor.stage_initial):
             with pytest.raises(EngineDeadError, match="test-engine"):
                 await question()
+    for pid in killed:  # as the pool does, of processes that were killed: OpenMP's file
+        for left in SHARED_MEMORY.glob(OPENMP_FILE.format(pid=pid)):
+            left.unlink()
