@@ -50,6 +50,8 @@ class CommitWindow:
         """Stop generating until ``resume_by_operator``, between two steps; under ``wait`` when all
         that runs has finished, however many pushes come meanwhile."""
         self._operator_mode = mode
+        if mode is PauseMode.KEEP and self._asked_s is not None:
+            return  # it stands still already, and ``resume`` leaves it so
         while True:
             await self._closed.wait()
             if self._operator_mode is not mode:

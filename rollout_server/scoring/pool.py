@@ -179,9 +179,8 @@ class ScoringPool:
                     samples.settle_next(exc)
                     self._waiting.put(samples.rest)
                     continue
-                # Whatever it is: the seat would be gone for good, and its samples with it. The
-                # seat has killed its worker, and the loop is bounded by the sample that it costs.
-                except Exception:
+                except Exception:  # whatever it is: or the seat were gone, and its samples with it
+                    # The seat has killed its worker; the sample it costs bounds this loop.
                     logger.exception("scoring: a sample failed for a reason of ours")
                     if len(samples.rest) > 0:
                         samples.settle_next(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
 from rollout_server.engine.protocol import GenerateRequest, GenerateResult
 from rollout_server.router.circuit_breaker import BreakerLimits
-from rollout_server.router.router import Router
+from rollout_server.router.router import RoutedResult, Router
 from shared.errors import EngineError, InvalidRequestError
 from shared.pool_types import CircuitState
 from shared.types import EngineState, FinishReason
@@ -36,6 +37,16 @@ async def fail(router: Router, *names: str) -> None:
     for name in names:
         with pytest.raises(EngineError, match="bad step"):
             await router.generate(group(name))
+
+
+async def probing(router: Router, engine: FakeEngine, clock: Clock) -> asyncio.Task[RoutedResult]:
+    """Ten seconds on: the engine, which is well now, has group "p" and does not finish it."""
+    engine.fail_with = None
+    engine.unblocked.clear()
+    clock.now_s = 10.0
+    (probe,) = spawn(router, group("p"))
+    await until(lambda: engine.num_running == 1, "the engine to have it")
+    return probe
 
 
 async def test_an_engine_that_fails_its_groups_gets_none_while_another_serves() -> None:
@@ -160,11 +171,7 @@ async def test_a_probe_that_its_client_aborts_leaves_its_place_to_the_next() -> 
     clock, engines = Clock(), [failing(), FakeEngine("b")]
     async with router_over(engines, breaker=LIMITS, clock=clock) as (router, _):
         await fail(router, "g0", "g1")
-        engines[0].fail_with = None
-        engines[0].unblocked.clear()
-        clock.now_s = 10.0
-        (probe,) = spawn(router, group("p"))
-        await until(lambda: engines[0].num_running == 1, "the engine to have it")
+        probe = await probing(router, engines[0], clock)
         await router.abort("p")
         (sample,) = (await probe).result.samples
         assert sample.finish_reason is FinishReason.ABORT
@@ -177,10 +184,7 @@ async def test_tokens_of_a_long_probe_let_the_others_in() -> None:
     clock, engines = Clock(), [failing(), FakeEngine("b")]
     async with router_over(engines, breaker=LIMITS, clock=clock) as (router, _):
         await fail(router, "g0", "g1")
-        engines[0].fail_with = None
-        engines[0].unblocked.clear()
-        clock.now_s = 10.0
-        (probe,) = spawn(router, group("p"))
+        probe = await probing(router, engines[0], clock)
         await until(lambda: engines[0].num_progress_asked > 1, "several looks at it")
         assert router.circuits.state("a") is HALF_OPEN, "it has none"
         engines[0].num_partial_tokens = 2
@@ -191,14 +195,11 @@ async def test_tokens_of_a_long_probe_let_the_others_in() -> None:
 
 async def test_tokens_of_a_probe_that_could_not_go_on_elsewhere_let_the_others_in_too() -> None:
     clock, engines = Clock(), [failing(), FakeEngine("b")]
-    limits = {"breaker": LIMITS, "may_continue": False}
-    async with router_over(engines, clock=clock, **limits) as (router, _):  # type: ignore[arg-type]
+    router_of = partial(router_over, may_continue=False, breaker=LIMITS, clock=clock)
+    async with router_of(engines) as (router, _):
         await fail(router, "g0", "g1")
-        engines[0].fail_with = None
-        engines[0].unblocked.clear()
         engines[0].num_partial_tokens = 2
-        clock.now_s = 10.0
-        (probe,) = spawn(router, group("p"))
+        probe = await probing(router, engines[0], clock)
         await until(lambda: router.circuits.state("a") is CLOSED, "the circuit to close")
         engines[0].unblocked.set()
         await probe
@@ -208,11 +209,7 @@ async def test_a_probe_that_fails_while_its_engine_is_paused_does_not_close_the_
     clock, engines = Clock(), [failing(), FakeEngine("b")]
     async with router_over(engines, breaker=LIMITS, clock=clock) as (router, _):
         await fail(router, "g0", "g1")
-        engines[0].fail_with = None
-        engines[0].unblocked.clear()
-        clock.now_s = 10.0
-        (probe,) = spawn(router, group("p"))
-        await until(lambda: engines[0].num_running == 1, "the engine to have it")
+        probe = await probing(router, engines[0], clock)
         engines[0].state, engines[0].fail_with = EngineState.PAUSED, EngineError("bad step")
         engines[0].unblocked.set()
         assert (await probe).result.engine_id == "b"
