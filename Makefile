@@ -13,7 +13,7 @@ BIN := .venv/bin
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	HF_HUB_OFFLINE=1 MPLBACKEND=Agg RAY_USAGE_STATS_ENABLED=0
 
-.PHONY: help setup run serve calibrate docs test test-fast proof faults-weights chaos fuzz lint types fmt bench gpu-check image clean
+.PHONY: help setup run serve calibrate docs test test-fast proof faults-weights chaos chaos-training fuzz lint types fmt bench gpu-check image clean
 
 help: ## This list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -51,8 +51,11 @@ faults-weights: setup ## Hundreds of damaged pushes and 60 kills inside the upda
 fuzz: setup ## Schemathesis, raw bodies and clients that leave, against the server: no 5xx, no leak (ARGS=...)
 	$(TEST_ENV) $(BIN)/python -m tests.fuzz $(ARGS)
 
-chaos: setup ## Thousands of engines in memory and 100 real processes die under rollouts, an hour
+chaos: setup ## Thousands of engines in memory, 90 real processes and 12 nodes die under rollouts, an hour
 	$(TEST_ENV) $(BIN)/python -m tests.chaos.chaos $(ARGS)
+
+chaos-training: setup ## Training whose engines are killed against training that is left alone, 3 seeds
+	$(TEST_ENV) $(BIN)/python -m tests.chaos.training $(ARGS)
 
 lint: setup ## ruff, no changes made
 	$(BIN)/ruff check .

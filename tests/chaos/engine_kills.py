@@ -1,22 +1,22 @@
-"""Processes of a real server die while it generates, scores and takes pushes.
+"""Processes of a real server die while it generates, scores, takes pushes, scales and drains.
 
-Two engines with a tiny model. Clients post groups all the time; every sample that comes back is
-compared with what its prompt leads to under the weights it says it was made with. What is killed
-has to be noticed and replaced, and every request has to be answered once, in full.
+Two engines with a tiny model, or one more while it is scaled up. Clients post groups all the time
+(``checked_clients``). What is killed has to be noticed and replaced, what is only slow has to stay,
+and every request has to be answered once, in full.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import random
 import signal
 import socket
+import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,226 +24,253 @@ from typing import Any
 import httpx
 import psutil
 
-from shared.client import RolloutClient, rollout_request
-from shared.errors import SlipstreamError
-from shared.schemas.rollouts import RolloutGroup, RolloutRequest, SamplingOptions
+from tests.chaos.checked_clients import HANG_S, NUM_TOKENS, CheckedClients, unaccounted
+from tests.chaos.engine_processes import core_of, halt, is_gone, scoring_workers, slow_down
+from tests.chaos.nodes import ClusterNodes
+from tests.chaos.schedule import KILLED_ENGINES, LOST_ENGINES, SPARED_ENGINES, Moment, Victim
 from tests.support.models import greedy_reference, make_model, random_prompts
+from tests.support.push_process import await_push, start_push
+from tests.support.rollout_checks import metrics_of
 from tests.support.server_process import START_TIMEOUT_S, ServerProcess, wait_until
 
 NUM_ENGINES = 2
-NUM_CLIENTS = 3
-NUM_TOKENS = 160
-NUM_SAMPLES = 1
-"""Greedy sampling has one."""
-NUM_PROMPTS = 4
-PUSH_EVERY = 5
-"""Kills between two pushes."""
-HANG_S = 60.0
-"""Longest a request may take while the service can serve; outages are not counted in."""
-VICTIMS = ("engine", "engine core", "scoring worker", "frozen engine core", "server")
-ENGINES = frozenset({"engine", "engine core", "frozen engine core"})
+NUM_PROMPTS = 6
+PUSH_WINDOW_S = 0.2
+"""A push of the tiny model takes about half of it."""
+LIVING = frozenset({"serving", "paused", "syncing", "draining"})
+"""States of engines that nobody has found dead."""
 
 
 @dataclass(kw_only=True, slots=True)
-class EngineKillCounts:
-    """What a run adds up to."""
+class KillCounts:
+    """What a run adds up to, beside what its clients saw."""
 
     kills: Counter[str] = field(default_factory=Counter)
-    checked_samples: int = 0
-    lost: int = 0
-    duplicated: int = 0
-    mixed_version: int = 0
-    wrong_tokens: int = 0
-    hangs: int = 0
+    moments: Counter[str] = field(default_factory=Counter)
+    replaced_though_alive: int = 0
+    """Engines that were only slow, and are gone."""
+    committed_pushes: int = 0
+    leftover_processes: int = 0
+    unaccounted: int = 0
     detection_s: list[float] = field(default_factory=list)
+    """From a kill to the server's finding it."""
+    frozen_detection_s: list[float] = field(default_factory=list)
+    """Of processes that were stopped: ``engine.progress_timeout_s`` is in it."""
     recovery_s: list[float] = field(default_factory=list)
+    """From a kill to as many engines as are asked for."""
+    beyond_start_s: list[float] = field(default_factory=list)
+    """Of that, what was not the start of the engine that came in its place."""
 
 
 class EngineKillRun:
     """One server that is killed in part, and comes back, again and again."""
 
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path, seed: int, nodes: ClusterNodes | None = None) -> None:
         self._directory = directory
         self._random = random.Random(seed)
-        self.counts = EngineKillCounts()
+        self._nodes = nodes
+        self.counts = KillCounts()
         self._models = [make_model(directory / f"model-{p}", seed=60 + p) for p in (0, 1)]
-        self._prompts = random_prompts(6, seed=seed)
-        self._expected = [
-            greedy_reference(model, self._prompts, NUM_TOKENS) for model in self._models
-        ]
+        prompts = random_prompts(NUM_PROMPTS, seed=seed)
+        expected = [greedy_reference(model, prompts, NUM_TOKENS) for model in self._models]
         self._version = 0
-        self._settings: dict[str, Any] = {
-            "engine": {
-                "count": NUM_ENGINES,
-                "cpu_cores": ["0", "1"],
-                "num_kv_blocks": 100,
-                "block_size": 32,
-                "max_num_seqs": 16,
-                "progress_timeout_s": 10,
-                "status_timeout_s": 3,
-                "restart_budget": 1000,
-            },
-            "scoring": {"num_workers": 1},
-            "server": {
-                "port": _free_port(),
-                "engine_wait_timeout_s": 120,
-                "progress_interval_s": 0.2,
-            },
-        }
+        self._target = NUM_ENGINES
+        self._num_drains = 0
+        self._pusher: subprocess.Popen[str] | None = None
+        self._families: list[psutil.Process] = []
+        self._settings = _settings(nodes)
         self._server = self._start()
-        self._outage_s = 0.0
-        self._is_over = threading.Event()
-        self._lock = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._client, args=(number,), daemon=True)
-            for number in range(NUM_CLIENTS)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self.clients = CheckedClients(str(self._server.client.base_url), prompts, expected)
+        self.clients.start()
 
     def _start(self) -> ServerProcess:
         return ServerProcess(self._directory, self._models[0], self._settings)
 
-    def kill_once(self, victim: str) -> None:
-        """Kill, wait until it is noticed, and until as many engines serve as before."""
-        name, pid = self._find(victim, self._known_engines())
-        time.sleep(self._random.uniform(0.0, 1.0))
-        started = time.monotonic()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGSTOP if victim.startswith("frozen") else signal.SIGKILL)
-        self.counts.kills[victim] += 1
-        if victim in ENGINES:
-            wait_until(lambda: name not in self._serving(), HANG_S, f"{name} to be found dead")
-            self.counts.detection_s.append(time.monotonic() - started)
-        elif victim == "server":
-            self._server.kill()
-            self._server = self._start()
-            with self._lock:
-                self._outage_s += time.monotonic() - started
-        wait_until(
-            lambda: len(self._serving()) == NUM_ENGINES, START_TIMEOUT_S, "engines to serve again"
-        )
-        recovery_s = time.monotonic() - started
-        self.counts.recovery_s.append(recovery_s)
-        total = self.counts.kills.total()
-        if total % PUSH_EVERY == 0:
-            self._push()
+    def kill_once(self, victim: Victim, moment: Moment) -> None:
+        """Kill in the middle of something, wait until it is noticed, and until all is as before."""
+        engines = self._known_engines()
+        with self._in_the_middle_of(moment, engines) as leaving:
+            name = self._choose(engines, leaving)
+            started = time.monotonic()
+            self._strike(victim, engines[name])
+            self.counts.kills[victim] += 1
+            self.counts.moments[moment] += 1
+            if victim in LOST_ENGINES and leaving is None and moment is not Moment.SCALING:
+                self._await_detection(victim, name, started)
+            wait_until(self._is_whole, START_TIMEOUT_S, f"{self._target} engines to serve again")
+            recovery_s = time.monotonic() - started
+        if victim in KILLED_ENGINES and moment in (Moment.GENERATING, Moment.PUSHING):
+            self._note_recovery(recovery_s, engines)
+        if victim in SPARED_ENGINES and name not in self._serving():
+            self.counts.replaced_though_alive += 1
         print(
-            f"kill {total}: {victim}, back after {recovery_s:.1f} s, "
-            f"{self.counts.checked_samples} samples checked",
+            f"kill {self.counts.kills.total()}: {victim} while {moment}, back after "
+            f"{recovery_s:.1f} s, {self.clients.counts.checked} samples checked",
             file=sys.stderr,
         )
 
-    def _push(self) -> None:
-        version = self._version + 1
-        answer = self._server.publish(self._models[version % 2], version, self._version)
-        assert answer.status_code == 200, answer.text
-        self._version = version
+    @contextlib.contextmanager
+    def _in_the_middle_of(
+        self, moment: Moment, engines: dict[str, dict[str, Any]]
+    ) -> Iterator[str | None]:
+        """Begin something, and see to its end. Yields the engine that leaves, if one drains."""
+        leaving = None
+        if moment is Moment.PUSHING:
+            self._begin_push()
+        elif moment is Moment.SCALING:
+            self._target = NUM_ENGINES + 1 if self._target == NUM_ENGINES else NUM_ENGINES
+            self._scale()
+            time.sleep(self._random.uniform(0.0, 2.0))
+        elif moment is Moment.DRAINING:
+            leaving = self._random.choice(sorted(engines))
+            answer = self._server.client.post(f"/v1/engines/{leaving}/drain", json={})
+            assert answer.status_code == 200, answer.text
+            time.sleep(self._random.uniform(0.0, 0.5))
+        else:
+            time.sleep(self._random.uniform(0.0, 1.0))
+        yield leaving
+        if self._pusher is not None:
+            self._end_push(self._pusher)
+            self._pusher = None
 
-    def _known_engines(self) -> dict[str, int]:
-        """Pids of all engines; an engine serves a moment before its status tells its pid."""
-        known: dict[str, int] = {}
+    def _scale(self) -> None:
+        answer = self._server.client.put("/v1/engines", json={"count": self._target})
+        assert answer.status_code == 200, answer.text
+
+    def _begin_push(self) -> None:
+        version = self._version + 1
+        encoding = self._random.choice(("full", "delta"))
+        url, model = str(self._server.client.base_url), self._models[version % 2]
+        self._pusher = start_push(url, model, version, self._version, encoding)
+        await_push(version)
+        time.sleep(self._random.uniform(0.0, PUSH_WINDOW_S))
+
+    def _end_push(self, pusher: subprocess.Popen[str]) -> None:
+        answer, _ = pusher.communicate(timeout=HANG_S)
+        committed = self._server.client.get("/v1/weights").json()["committed_version"]
+        assert committed in (self._version, self._version + 1), committed
+        assert answer.strip() != "200" or committed == self._version + 1, "answered, not committed"
+        self.counts.committed_pushes += committed - self._version
+        self._version = committed
+
+    def _choose(self, engines: dict[str, dict[str, Any]], leaving: str | None) -> str:
+        """Which engine is hit; every other time that one which leaves."""
+        self._num_drains += leaving is not None
+        if leaving is not None and self._num_drains % 2:
+            return leaving
+        return self._random.choice(sorted(engines.keys() - {leaving}))
+
+    def _strike(self, victim: Victim, engine: dict[str, Any]) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a drained engine may have gone by itself
+            actor = psutil.Process(engine["pid"])
+            family = [actor, *actor.children(recursive=True)]
+            if victim is Victim.ENGINE:
+                actor.kill()
+            elif victim is Victim.ENGINE_CORE:
+                core_of(actor).kill()
+            elif victim is Victim.FROZEN_ENGINE_CORE:
+                core_of(actor).suspend()
+            elif victim is Victim.HALTED_ENGINE_CORE:
+                halt(core_of(actor))
+            elif victim is Victim.SLOW_ENGINE_CORE:
+                slow_down(core_of(actor))
+            if victim in LOST_ENGINES:
+                self._families += family
+        if victim is Victim.SCORING_WORKER:
+            self._random.choice(scoring_workers(self._server.pid)).kill()
+        elif victim is Victim.TRAINER and self._pusher is not None:
+            self._pusher.kill()
+        elif victim is Victim.RAYLET and self._nodes is not None:
+            self._nodes.kill_raylet(engine["node_id"])
+        elif victim is Victim.SERVER:
+            self._restart_server()
+
+    def _restart_server(self) -> None:
+        started = time.monotonic()
+        self._server.kill()
+        self._server = self._start()
+        self._target = NUM_ENGINES  # what it is configured with
+        self.clients.excuse(time.monotonic() - started)
+
+    def _await_detection(self, victim: Victim, name: str, started: float) -> None:
+        wait_until(lambda: name not in self._serving(LIVING), HANG_S, f"{name} to be found dead")
+        frozen = victim is Victim.FROZEN_ENGINE_CORE
+        found = self.counts.frozen_detection_s if frozen else self.counts.detection_s
+        found.append(time.monotonic() - started)
+
+    def _note_recovery(self, recovery_s: float, before: dict[str, Any]) -> None:
+        self.counts.recovery_s.append(recovery_s)
+        starts = [e["start_up_s"] for name, e in self._serving().items() if name not in before]
+        if starts:
+            self.counts.beyond_start_s.append(recovery_s - max(starts))
+
+    def _is_whole(self) -> bool:
+        """As many engines as are asked for, and none that leaves."""
+        return len(self._serving(LIVING)) == len(self._serving()) == self._target
+
+    def _known_engines(self) -> dict[str, dict[str, Any]]:
+        """All engines; one serves a moment before its status tells its pid."""
+        known: dict[str, dict[str, Any]] = {}
 
         def are_known() -> bool:
             known.clear()
-            known.update((name, pid) for name, pid in self._serving().items() if pid is not None)
-            return len(known) == NUM_ENGINES
+            known.update((n, e) for n, e in self._serving().items() if e["pid"] is not None)
+            return len(known) == self._target
 
         wait_until(are_known, HANG_S, "the status of every engine to name its pid")
         return known
 
-    def _serving(self) -> dict[str, int | None]:
-        """Pids of the engines that serve, by id; none while the server does not answer."""
+    def _serving(self, states: frozenset[str] = frozenset({"serving"})) -> dict[str, Any]:
+        """Engines in these states by id; none while the server does not answer."""
         try:
             engines = self._server.client.get("/v1/engines", timeout=10).json()["engines"]
         except httpx.HTTPError:
             return {}
-        return {
-            engine["engine_id"]: engine["pid"] for engine in engines if engine["state"] == "serving"
-        }
-
-    def _find(self, victim: str, engines: dict[str, int]) -> tuple[str, int]:
-        if victim == "server":
-            return "", self._server.pid
-        if victim == "scoring worker":
-            family = psutil.Process(self._server.pid).children(recursive=True)
-            workers = [p.pid for p in family if "rollout_server.scoring" in " ".join(_command(p))]
-            return "", self._random.choice(workers)
-        name, actor = self._random.choice(sorted(engines.items()))
-        if victim == "engine":
-            return name, actor
-        children = psutil.Process(actor).children(recursive=True)
-        cores = [child.pid for child in children if "EngineCore" in child.name()]
-        assert cores, f"{name} has no engine core, only {[child.name() for child in children]}"
-        return name, self._random.choice(cores)
-
-    def _client(self, number: int) -> None:
-        choose = random.Random(number)
-        client = RolloutClient(str(self._server.client.base_url), timeout_s=START_TIMEOUT_S)
-        for serial in itertools.count():
-            if self._is_over.is_set():
-                break
-            indices = choose.sample(range(len(self._prompts)), NUM_PROMPTS)
-            request = rollout_request(
-                [self._prompts[index] for index in indices],
-                request_id=f"c{number}-{serial}-{os.getpid()}",
-                n=NUM_SAMPLES,
-                sampling=SamplingOptions(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True),
-                reward="exact_match",
-            )
-            self._one(client, request, indices)
-        client.close()
-
-    def _one(self, client: RolloutClient, request: RolloutRequest, indices: list[int]) -> None:
-        started, outage_s = time.monotonic(), self._outage_s
-        try:
-            groups = client.rollout(request).groups
-        except SlipstreamError as exc:
-            print(f"request {request.request_id} failed: {exc}", file=sys.stderr)
-            with self._lock:
-                self.counts.lost += NUM_SAMPLES * len(indices)
-            return
-        took_s = time.monotonic() - started - (self._outage_s - outage_s)
-        with self._lock:
-            self.counts.hangs += took_s > HANG_S
-            for index, group in zip(indices, groups, strict=True):
-                self._check(index, group)
-
-    def _check(self, index: int, group: RolloutGroup) -> None:
-        numbers = [sample.sample_index for sample in group.samples]
-        self.counts.lost += len(set(range(NUM_SAMPLES)) - set(numbers))
-        self.counts.duplicated += len(numbers) - len(set(numbers))
-        for sample in group.samples:
-            self.counts.checked_samples += 1
-            spans = sample.weight_versions
-            covered = [i for span in spans for i in range(span.start, span.end)]
-            versions = [span.version for span in spans]
-            if covered != list(range(NUM_TOKENS)) or versions != sorted(set(versions)):
-                self.counts.mixed_version += 1
-            # Up to the end of its first span a sample is that version's, token for token.
-            expected = self._expected[versions[0] % 2][index]
-            if sample.token_ids[: spans[0].end] != expected[: spans[0].end]:
-                self.counts.wrong_tokens += 1
+        return {engine["engine_id"]: engine for engine in engines if engine["state"] in states}
 
     def close(self) -> None:
-        """Let the clients finish, then stop the server well."""
-        self._is_over.set()
-        for thread in self._threads:
-            thread.join(HANG_S)
-            self.counts.hangs += thread.is_alive()
+        """Let the clients finish, look into the books, then stop the server well."""
+        self.clients.finish()
+        metrics = metrics_of(self._server.client.get("/metrics").text)
+        self.counts.unaccounted = unaccounted(metrics, self.clients.counts.checked)
+        family = psutil.Process(self._server.pid).children(recursive=True)
         self._server.stop()
+        _, alive = psutil.wait_procs([*self._families, *family], timeout=30)
+        self.counts.leftover_processes += len([p for p in alive if not is_gone(p)])
 
     def abandon(self) -> None:
         """After an error: leave no server, and do not hide the error."""
-        self._is_over.set()
+        self.clients.end()
+        for process in self._families:  # some may be stopped, and would stay so
+            with contextlib.suppress(psutil.NoSuchProcess):
+                os.kill(process.pid, signal.SIGCONT)
         self._server.kill()
 
 
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+def _settings(nodes: ClusterNodes | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "engine": {
+            "count": NUM_ENGINES,
+            "max_count": NUM_ENGINES + 1,
+            "cpu_cores": ["0", "1"],
+            "num_kv_blocks": 100,
+            "block_size": 32,
+            "max_num_seqs": 16,
+            "progress_timeout_s": 10,
+            "status_timeout_s": 3,
+            "restart_budget": 1000,
+        },
+        "scoring": {"num_workers": 1},
+        "server": {
+            "port": _free_port(),
+            "engine_wait_timeout_s": 120,
+            "progress_interval_s": 0.2,
+        },
+    }
+    if nodes is not None:
+        settings["ray"] = nodes.settings()
+        settings["engine"] |= {"num_cpus": 1, "placement": {"strategy": "spread"}}
+    return settings
 
 
 def _free_port() -> int:

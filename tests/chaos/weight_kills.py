@@ -12,6 +12,7 @@ import os
 import random
 import select
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -25,25 +26,16 @@ import httpx
 import psutil
 
 from tests.support.models import greedy_reference, make_model, random_prompts
+from tests.support.push_process import await_push, start_push
 from tests.support.server_process import START_TIMEOUT_S, ServerProcess, wait_until
 
 NUM_TOKENS = 48
-WINDOW_S = 0.4
-"""A push of the tiny model takes less: kills fall before, into and after every phase."""
+NUM_TIMED_PUSHES = 5
+"""Nothing is killed in the first ones: how long they take is how long the window is."""
+WINDOW_SHARE = 1.1
+"""Kills fall into every phase, a few of them behind the last."""
 HANG_S = 60.0
 VICTIMS = ("engine", "engine core", "trainer", "server")
-
-PUSH_PROGRAM = """
-import sys
-from pathlib import Path
-import httpx
-from tests.support.server_process import push_to
-url, model, version, base, encoding = sys.argv[1:]
-client = httpx.Client(base_url=url, timeout=90)
-only_changes = encoding == "delta"
-answer = push_to(client, Path(model), int(version), int(base), only_changes=only_changes)
-print(answer.status_code, flush=True)
-"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -80,6 +72,8 @@ class KillRun:
             "server": {"port": 0, "engine_wait_timeout_s": 120},
         }
         self._server = self._start()
+        self._window_s = statistics.median(self._time_push() for _ in range(NUM_TIMED_PUSHES))
+        print(f"a push takes {self._window_s * 1000:.0f} ms", file=sys.stderr)
 
     def _start(self) -> ServerProcess:
         return ServerProcess(self._directory, self._models[0], self._settings)
@@ -88,19 +82,12 @@ class KillRun:
         """Push, kill the victim at a random moment of it, and check what is served then."""
         new_version = self._version + 1
         pids = self._engine_pids()
-        pusher = subprocess.Popen(
-            [
-                *(sys.executable, "-c", PUSH_PROGRAM, str(self._server.client.base_url)),
-                *(str(self._models[new_version % 2]), str(new_version), str(self._version)),
-                self._generator.choice(("full", "delta")),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
         with self._sampling():
-            self._await_push(new_version)
-            time.sleep(self._generator.uniform(0.0, WINDOW_S))
-            is_answered = bool(select.select([pusher.stdout], [], [], 0)[0])
+            pusher = self._push(new_version)
+            await_push(new_version)
+            time.sleep(self._generator.uniform(0.0, WINDOW_SHARE * self._window_s))
+            assert pusher.stdout is not None
+            is_answered = bool(select.select([pusher.stdout.fileno()], [], [], 0)[0])
             self._kill(victim, pids, pusher)
             self.counts.kills[victim] += 1
             self.counts.kills_inside[victim] += not is_answered
@@ -118,20 +105,32 @@ class KillRun:
             recovery_s = time.monotonic() - started
         self._check(new_version, answer.strip(), recovery_s)
 
+    def _push(self, version: int) -> subprocess.Popen[str]:
+        """The trainer: a process that pushes once and prints what it is answered."""
+        url, model = str(self._server.client.base_url), self._models[version % 2]
+        encoding = self._generator.choice(("full", "delta"))
+        return start_push(url, model, version, self._version, encoding)
+
+    def _time_push(self) -> float:
+        """Seconds from the first sign of a push to its answer, while requests run."""
+        version = self._version + 1
+        with self._sampling():
+            pusher = self._push(version)
+            await_push(version)
+            started = time.monotonic()
+            assert pusher.stdout is not None
+            answer = pusher.stdout.readline().strip()
+            took_s = time.monotonic() - started
+        pusher.communicate()
+        assert answer == "200", answer
+        self._version = version
+        return took_s
+
     def _engine_pids(self) -> tuple[int, list[int]]:
         wait_until(self._is_serving, START_TIMEOUT_S, "an engine that says its pid")
         (engine,) = self._server.client.get("/v1/engines").json()["engines"]
         children = psutil.Process(engine["pid"]).children(recursive=True)
         return engine["pid"], [child.pid for child in children]
-
-    def _await_push(self, version: int) -> None:
-        """Until the server has begun with it (or is through with it already)."""
-        pattern = f"-v{version}.safetensors"
-        deadline = time.monotonic() + HANG_S
-        while time.monotonic() < deadline:
-            if any(pattern in name for name in os.listdir("/dev/shm")):
-                return
-            time.sleep(0.002)
 
     def _kill(
         self, victim: str, pids: tuple[int, list[int]], pusher: subprocess.Popen[str]
@@ -172,8 +171,9 @@ class KillRun:
         if [s["token_ids"] for s in samples] != expected or versions != {committed}:
             self.counts.half_loaded += 1
         print(
-            f"kill {sum(self.counts.kills.values())} ({self.counts.kills}): push {new_version} "
-            f"answered {answer or 'nothing'}, committed {committed}, back after {recovery_s:.1f} s",
+            f"kill {self.counts.kills.total()} (inside: {dict(self.counts.kills_inside)}): "
+            f"push {new_version} answered {answer or 'nothing'}, committed {committed}, "
+            f"back after {recovery_s:.1f} s",
             file=sys.stderr,
         )
         self._version = committed
