@@ -16,12 +16,16 @@ from benchmarks.harness.readme_scheduler import (
     scheduler_table,
     simulation_table,
 )
+from benchmarks.harness.readme_service import SERVICE_TABLES
 from benchmarks.harness.results import RESULTS_DIRECTORY
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("drafter.md", "speculation.md", "weights.md")),
+    *(
+        ROOT / "docs" / name
+        for name in ("drafter.md", "measured.md", "speculation.md", "weights.md")
+    ),
 )
 
 
@@ -258,6 +262,7 @@ TABLES = {
     "scheduler": scheduler_table,
     "scheduler_robustness": robustness_table,
     "scheduler_sim": simulation_table,
+    **SERVICE_TABLES,
 }
 
 

@@ -137,6 +137,7 @@ def report(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "kills_by_moment": _added([part["moments"] for part in real]),
         "checked_samples": sum(part["checked"] for part in real),
         "committed_pushes": total("committed_pushes"),
+        "connections_cut": total("connections_cut"),
         "checked_samples_of_fake_engines": parts.get("fakes", {}).get("checked_samples", 0),
         "requests_to_fake_engines": parts.get("fakes", {}).get("requests", {}),
     }

@@ -14,13 +14,16 @@ import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from shared.client import RolloutClient, rollout_request
 from shared.errors import SlipstreamError
 from shared.schemas.rollouts import RolloutGroup, RolloutRequest, SamplingOptions
+from tests.chaos.slow_link import SlowLink
 from tests.support.server_process import START_TIMEOUT_S
 
 NUM_CLIENTS = 3
+"""The last of them has a bad network."""
 NUM_TOKENS = 160
 NUM_PROMPTS = 4
 """Of a request; greedy sampling makes one sample of each."""
@@ -39,6 +42,8 @@ class SampleCounts:
     """Samples whose spans do not cover every token once, in order of versions."""
     wrong_tokens: int = 0
     hangs: int = 0
+    connections_cut: int = 0
+    """In the middle of an answer."""
     causes: list[str] = field(default_factory=list)
     """Why requests failed, in words."""
 
@@ -49,6 +54,7 @@ class CheckedClients:
     def __init__(self, url: str, prompts: list[list[int]], expected: list[list[list[int]]]) -> None:
         """``expected``: by parity of the version, the tokens that every prompt leads to."""
         self._url = url
+        self._link = SlowLink(urlsplit(url).port or 80, seed=NUM_CLIENTS)
         self._prompts = prompts
         self._expected = expected
         self.counts = SampleCounts()
@@ -79,10 +85,14 @@ class CheckedClients:
         for thread in self._threads:
             thread.join(START_TIMEOUT_S)
             self.counts.hangs += thread.is_alive()
+        self._link.close()
+        self.counts.connections_cut += self._link.num_cut
 
     def _client(self, number: int) -> None:
         choose = random.Random(number)
-        client = RolloutClient(self._url, timeout_s=START_TIMEOUT_S)
+        has_bad_network = number == NUM_CLIENTS - 1
+        url = f"http://127.0.0.1:{self._link.port}" if has_bad_network else self._url
+        client = RolloutClient(url, timeout_s=START_TIMEOUT_S)
         for serial in itertools.count():
             if self._is_over.is_set():
                 break

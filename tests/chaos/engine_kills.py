@@ -80,7 +80,8 @@ class EngineKillRun:
         self._families: list[psutil.Process] = []
         self._settings = _settings(nodes)
         self._server = self._start()
-        self.clients = CheckedClients(str(self._server.client.base_url), prompts, expected)
+        self.url = str(self._server.client.base_url).rstrip("/")
+        self.clients = CheckedClients(self.url, prompts, expected)
         self.clients.start()
 
     def _start(self) -> ServerProcess:
@@ -88,7 +89,7 @@ class EngineKillRun:
 
     def kill_once(self, victim: Victim, moment: Moment) -> None:
         """Kill in the middle of something, wait until it is noticed, and until all is as before."""
-        engines = self._known_engines()
+        engines = self.engines()
         with self._in_the_middle_of(moment, engines) as leaving:
             name = self._choose(engines, leaving)
             started = time.monotonic()
@@ -97,7 +98,7 @@ class EngineKillRun:
             self.counts.moments[moment] += 1
             if victim in LOST_ENGINES and leaving is None and moment is not Moment.SCALING:
                 self._await_detection(victim, name, started)
-            wait_until(self._is_whole, START_TIMEOUT_S, f"{self._target} engines to serve again")
+            wait_until(self.is_whole, START_TIMEOUT_S, f"{self._target} engines to serve again")
             recovery_s = time.monotonic() - started
         if victim in KILLED_ENGINES and moment in (Moment.GENERATING, Moment.PUSHING):
             self._note_recovery(recovery_s, engines)
@@ -140,8 +141,8 @@ class EngineKillRun:
     def _begin_push(self) -> None:
         version = self._version + 1
         encoding = self._random.choice(("full", "delta"))
-        url, model = str(self._server.client.base_url), self._models[version % 2]
-        self._pusher = start_push(url, model, version, self._version, encoding)
+        model = self._models[version % 2]
+        self._pusher = start_push(self.url, model, version, self._version, encoding)
         await_push(version)
         time.sleep(self._random.uniform(0.0, PUSH_WINDOW_S))
 
@@ -204,11 +205,11 @@ class EngineKillRun:
         if starts:
             self.counts.beyond_start_s.append(recovery_s - max(starts))
 
-    def _is_whole(self) -> bool:
+    def is_whole(self) -> bool:
         """As many engines as are asked for, and none that leaves."""
         return len(self._serving(LIVING)) == len(self._serving()) == self._target
 
-    def _known_engines(self) -> dict[str, dict[str, Any]]:
+    def engines(self) -> dict[str, dict[str, Any]]:
         """All engines; one serves a moment before its status tells its pid."""
         known: dict[str, dict[str, Any]] = {}
 
