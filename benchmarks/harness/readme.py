@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.markdown import circumstances, row, spread
 from benchmarks.harness.readme_scheduler import (
     robustness_table,
     scheduler_table,
@@ -38,14 +39,14 @@ def speculation_table(document: dict[str, Any]) -> str:
     lengths = sorted({k for _, scheme, k in points if scheme})
     header = ["batch", "no drafter, tokens/s", "scheme"]
     header += ["off" if k == 0 else f"K = {k}" for k in lengths]
-    lines = [_row(header), _row(["---:", "---:", ":---", *["---:"] * len(lengths)])]
+    lines = [row(header), row(["---:", "---:", ":---", *["---:"] * len(lengths)])]
     for batch in batches:
         for scheme in schemes:
             plain = f"{points[batch, None, 0]['tokens_per_s']:.1f}"
             cells = [_ratio(points[batch, scheme, k]) for k in lengths]
-            lines.append(_row([str(batch), plain, scheme, *cells]))
+            lines.append(row([str(batch), plain, scheme, *cells]))
     off = ", ".join(
-        f"{ratio:.3f} ({_spread(_range(result['off_ratio_of_sets'][batch]))}) at {batch}"
+        f"{ratio:.3f} ({spread(_range(result['off_ratio_of_sets'][batch]))}) at {batch}"
         for batch, ratio in result["off_ratio"].items()
     )
     acceptance = " and ".join(
@@ -53,7 +54,7 @@ def speculation_table(document: dict[str, Any]) -> str:
     )
     repeats = len(document["raw"]["speculation"][str(batches[0])])
     off = f"{off}; of two engines without a drafter to each other: " + ", ".join(
-        f"{_spread(_range(ratios))} at {batch}"
+        f"{spread(_range(ratios))} at {batch}"
         for batch, ratios in result["off_control_of_sets"].items()
     )
     num_sets = len(document["raw"]["off"])
@@ -63,7 +64,7 @@ def speculation_table(document: dict[str, Any]) -> str:
         f"{repeats} repeats. Mean acceptance length at batch {batches[0]} and K = {lengths[-1]}: "
         f"{acceptance}. Switched off ({result['off_scheme']}), measured apart over {num_sets} sets "
         f"of fresh engines, median and range of the sets: {off}. "
-        + _circumstances(document["circumstances"])
+        + circumstances(document)
         + f" Measured: {', '.join(f'{part} of {c}' for part, c in result['commits'].items())}.",
     ]
     return "\n".join(lines)
@@ -74,36 +75,25 @@ def _acceptance(scheme: str, point: dict[str, Any]) -> str:
 
 
 def _ratio(point: dict[str, Any]) -> str:
-    return f"{point['ratio']:.2f}x ({_spread([point['ratio_min'], point['ratio_max']], 2)})"
+    return f"{point['ratio']:.2f}x ({spread([point['ratio_min'], point['ratio_max']], 2)})"
 
 
 def _range(values: list[float]) -> list[float]:
     return [min(values), max(values)]
 
 
-def _spread(bounds: list[float], digits: int = 3) -> str:
-    return f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f}"
-
-
-def _circumstances(facts: dict[str, Any]) -> str:
-    return (
-        f"{facts['num_cores']} cores of {facts['cpu']}, vLLM {facts['vllm']}, "
-        f"commit {facts['commit']}."
-    )
-
-
 def requantize_table(document: dict[str, Any]) -> str:
     """A row per scheme; what a commit takes in a running engine below."""
     result = document["result"]
     lines = [
-        _row(["scheme", "seconds", "GB/s of bf16 read", "times a plain copy"]),
-        _row([":---", "---:", "---:", "---:"]),
+        row(["scheme", "seconds", "GB/s of bf16 read", "times a plain copy"]),
+        row([":---", "---:", "---:", "---:"]),
     ]
     for name, side in result.items():
         if isinstance(side, dict) and "ratio_to_copy" in side:
-            spread = _spread([side["ratio_min"], side["ratio_max"]], 2)
+            bounds = spread([side["ratio_min"], side["ratio_max"]], 2)
             cells = [name, f"{side['seconds']:.3f}", f"{side['bytes_per_s'] / 1e9:.1f}"]
-            lines.append(_row([*cells, f"{side['ratio_to_copy']:.2f} ({spread})"]))
+            lines.append(row([*cells, f"{side['ratio_to_copy']:.2f} ({bounds})"]))
     engines = "; ".join(
         f"{scheme}: target loaded in {times['load_s']:.2f} s, drafter rebuilt in "
         f"{times['requantize_s']:.2f} s"
@@ -114,8 +104,7 @@ def requantize_table(document: dict[str, Any]) -> str:
             *lines,
             "",
             f"The linear weights of 450 million parameters, alternating with the copy in one run: "
-            f"median (spread). Commits in a running engine: {engines}. "
-            + _circumstances(document["circumstances"]),
+            f"median (spread). Commits in a running engine: {engines}. " + circumstances(document),
         ]
     )
 
@@ -129,11 +118,11 @@ def drafter_table(document: dict[str, Any]) -> str:
             parts[part] = max(parts.get(part, 0.0), milliseconds)
     names = sorted(parts, key=lambda part: -parts[part])
     header = [f"{p['scheme']}, batch {p['batch']}, K = {p['k']}" for p in points]
-    lines = [_row(["ms per step", *header]), _row([":---", *["---:"] * len(points)])]
+    lines = [row(["ms per step", *header]), row([":---", *["---:"] * len(points)])]
     for name in names:
-        lines.append(_row([name, *(f"{p['parts_ms'].get(name, 0.0):.2f}" for p in points)]))
-    lines.append(_row(["all", *(f"{point['cycle_ms']:.2f}" for point in points)]))
-    return "\n".join([*lines, "", "Medians. " + _circumstances(document["circumstances"])])
+        lines.append(row([name, *(f"{p['parts_ms'].get(name, 0.0):.2f}" for p in points)]))
+    lines.append(row(["all", *(f"{point['cycle_ms']:.2f}" for point in points)]))
+    return "\n".join([*lines, "", "Medians. " + circumstances(document)])
 
 
 WEIGHT_PHASES = (
@@ -153,23 +142,23 @@ def weights_table(document: dict[str, Any]) -> str:
     result = document["result"]
     sides = (result["phases_s"], result["phases_of_delta_s"], result["phases_of_two_s"])
     header = ["seconds", "one engine", "1 % changed", "two engines"]
-    lines = [_row(header), _row([":---", *["---:"] * len(sides)])]
+    lines = [row(header), row([":---", *["---:"] * len(sides)])]
     for phase in WEIGHT_PHASES:
-        lines.append(_row([phase, *(f"{side[phase]:.3f}" for side in sides)]))
+        lines.append(row([phase, *(f"{side[phase]:.3f}" for side in sides)]))
     return "\n".join(
         [
             *lines,
             "",
             f"A plain copy of the same {result['bytes'] / 1e9:.2f} GB in memory took "
             f"{result['copy_s']:.3f} s: a push takes {result['full_push_ratio']:.1f} times as long "
-            f"({_spread(result['full_push_spread'], 1)}) and stops generation for "
+            f"({spread(result['full_push_spread'], 1)}) and stops generation for "
             f"{result['pause_ratio']:.1f} times as long. Verification is "
             f"{result['verify_share']:.0%} of it; a second engine on the host makes it "
             f"{result['two_engines_ratio']:.2f} times as long. Where one element in a hundred "
             f"of every tensor changed, a push takes {result['delta_time_ratio']:.2f} of the time "
             f"and {result['delta_bytes_ratio']:.1%} of the bytes. Medians of {result['repeats']} "
             "alternating repeats; every engine has one core and runs a sequence all the while. "
-            + _circumstances(document["circumstances"]),
+            + circumstances(document),
         ]
     )
 
@@ -178,14 +167,14 @@ def faults_table(document: dict[str, Any]) -> str:
     """A row per fault, with what came of it."""
     result = document["result"]
     faults = result["faults"]
-    lines = [_row(["fault", "times"]), _row([":---", "---:"])]
+    lines = [row(["fault", "times"]), row([":---", "---:"])]
     sent = result["bad_pushes_by_kind"]
-    lines += [_row([f"push: {kind}", str(count)]) for kind, count in sent.items()]
+    lines += [row([f"push: {kind}", str(count)]) for kind, count in sent.items()]
     kills = result["kills_by_victim"]
     # Runs before these were counted apart have all kills only.
     inside = result.get("kills_inside_the_window", {})
     lines += [
-        _row([f"kill -9: {victim}", _of_them_inside(count, inside.get(victim))])
+        row([f"kill -9: {victim}", _of_them_inside(count, inside.get(victim))])
         for victim, count in kills.items()
     ]
     totals = ("wrong_version_samples", "half_loaded", "hangs", "leftovers")
@@ -198,7 +187,7 @@ def faults_table(document: dict[str, Any]) -> str:
             + ", ".join(f"{faults[name]} {name.replace('_', ' ')}" for name in totals)
             + f"; {result['checked_samples']} samples checked while processes died, "
             f"{result['pushes_committed_despite_a_kill']} pushes committed all the same. "
-            + _circumstances(document["circumstances"]),
+            + circumstances(document),
         ]
     )
 
@@ -212,24 +201,24 @@ def transports_table(document: dict[str, Any]) -> str:
     result = document["result"]
     names = {"spread": "server to another node", "upload": "trainer to the server's node"}
     lines = [
-        _row(["", "GB/s", "of a plain copy through the store"]),
-        _row([":---", "---:", "---:"]),
-        _row(["plain copy", f"{result['raw_bytes_per_s'] / 1e9:.2f}", ""]),
+        row(["", "GB/s", "of a plain copy through the store"]),
+        row([":---", "---:", "---:"]),
+        row(["plain copy", f"{result['raw_bytes_per_s'] / 1e9:.2f}", ""]),
     ]
     for side, name in names.items():
-        share = f"{result[f'{side}_of_raw']:.2f} ({_spread(result[f'{side}_of_raw_spread'], 2)})"
-        lines.append(_row([name, f"{result[f'{side}_bytes_per_s'] / 1e9:.2f}", share]))
+        share = f"{result[f'{side}_of_raw']:.2f} ({spread(result[f'{side}_of_raw_spread'], 2)})"
+        lines.append(row([name, f"{result[f'{side}_bytes_per_s'] / 1e9:.2f}", share]))
     beside = ""
     if "broadcast_of_socket" in result:
         share = f"{result['broadcast_of_socket']:.2f} of the socket"
-        spread = _spread(result["broadcast_of_socket_spread"], 2)
+        bounds = spread(result["broadcast_of_socket_spread"], 2)
         lines += [
-            _row(["plain socket", f"{result['socket_bytes_per_s'] / 1e9:.2f}", ""]),
-            _row(
+            row(["plain socket", f"{result['socket_bytes_per_s'] / 1e9:.2f}", ""]),
+            row(
                 [
                     "broadcast to both nodes",
                     f"{result['broadcast_bytes_per_s'] / 1e9:.2f}",
-                    f"{share} ({spread})",
+                    f"{share} ({bounds})",
                 ]
             ),
         ]
@@ -247,7 +236,7 @@ def transports_table(document: dict[str, Any]) -> str:
             "Two Ray nodes on one host, so the network is its loopback; buckets of "
             f"{result['bucket_mib']} MiB. "
             f"Medians of {result['repeats']} alternating repeats (spread). "
-            + _circumstances(document["circumstances"]),
+            + circumstances(document),
         ]
     )
 
@@ -279,10 +268,6 @@ def with_figures(text: str, results: Path = RESULTS_DIRECTORY) -> str:
         if found and closed:
             text = f"{before}{start}\n{table}\n{end}{after}"
     return text
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from benchmarks.harness.markdown import circumstances, head, row, spread
 
 NAMES_OF_BAD = {
     "lost": "samples lost",
@@ -22,12 +24,12 @@ NAMES_OF_BAD = {
 def http_table(document: dict[str, Any]) -> str:
     """Against the engine alone, and a row for each kind of group without a model."""
     result = document["result"]
-    lines = _head("groups of engines without a model", "per second", "latency p50, ms", "p99, ms")
+    lines = head("groups of engines without a model", "per second", "latency p50, ms", "p99, ms")
     lines += [
-        _row(
+        row(
             [
                 point["group"],
-                f"{point['requests_per_s']:.0f} ({_spread(point['spread'], 0)})",
+                f"{point['requests_per_s']:.0f} ({spread(point['spread'], 0)})",
                 f"{point['latency_ms_p50']:.1f}",
                 f"{point['latency_ms_p99']:.1f}",
             ]
@@ -44,12 +46,12 @@ def http_table(document: dict[str, Any]) -> str:
             *lines,
             "",
             "A real engine of 160 million parameters through client, server, router and Ray makes "
-            f"{result['throughput_ratio']:.3f} ({_spread(result['throughput_ratio_spread'])}) of "
+            f"{result['throughput_ratio']:.3f} ({spread(result['throughput_ratio_spread'])}) of "
             "the tokens per second that it makes when it is handed the same prompts in its own "
             f"process; one request alone takes {result['added_latency_ms_p50']:.1f} ms longer "
-            f"({_spread(result['added_latency_ms_spread'], 1)}). CPU milliseconds of a group of "
+            f"({spread(result['added_latency_ms_spread'], 1)}). CPU milliseconds of a group of "
             f"n=8 x 64 by part: {parts}. {_judged(result)} Medians of {result['repeats']} "
-            f"repeats (spread). {_circumstances(document)}",
+            f"repeats (spread). {circumstances(document)}",
         ]
     )
 
@@ -60,11 +62,11 @@ def overload_table(document: dict[str, Any]) -> str:
     return (
         f"At {result['factor']} times the {result['peak_groups_per_s']:.0f} groups a second that "
         f"its engines can make, a server delivers {result['goodput_ratio']:.3f} "
-        f"({_spread(result['goodput_ratio_spread'])}) of that peak; {result['refused']:,} groups "
+        f"({spread(result['goodput_ratio_spread'])}) of that peak; {result['refused']:,} groups "
         f"were refused with 429, {result['refused_without_retry_after']} of them without "
         f"`Retry-After`, and its memory grew by {result['rss_growth_mb']:.1f} MB. "
         f"{_judged(result)} Medians of {result['repeats']} repeats (spread). "
-        f"{_circumstances(document)}"
+        f"{circumstances(document)}"
     )
 
 
@@ -72,8 +74,8 @@ def scale_table(document: dict[str, Any]) -> str:
     """A row per change of the number of engines."""
     result = document["result"]
     elastic = result["elastic"]
-    lines = _head("engines", "there after, s")
-    lines += [_row([str(step["count"]), f"{step['took_s']:.1f}"]) for step in elastic["steps"]]
+    lines = head("engines", "there after, s")
+    lines += [row([str(step["count"]), f"{step['took_s']:.1f}"]) for step in elastic["steps"]]
     return "\n".join(
         [
             *lines,
@@ -81,11 +83,11 @@ def scale_table(document: dict[str, Any]) -> str:
             f"While that went on, {elastic['requests']} groups were asked for, "
             f"{result['failed_requests']} failed, and the longest took "
             f"{elastic['longest_latency_s']:.1f} s. Two engines of one core each make "
-            f"{result['two_engine_ratio']:.2f} ({_spread(result['two_engine_ratio_spread'], 2)}) "
+            f"{result['two_engine_ratio']:.2f} ({spread(result['two_engine_ratio_spread'], 2)}) "
             f"times the tokens of one. With 64 engines without a model and 2,000 requests in "
             f"flight a group is with the router for {result['router_ms_p50']:.2f} ms (median). "
             f"{_judged(result)} Medians of {result['repeats']} repeats (spread). "
-            f"{_circumstances(document)}",
+            f"{circumstances(document)}",
         ]
     )
 
@@ -94,11 +96,11 @@ def chaos_table(document: dict[str, Any]) -> str:
     """A row per victim, a row per thing that must not be, and how long it took."""
     result = document["result"]
     chaos = result["chaos"]
-    lines = _head("struck", "times")
-    lines += [_row([name, str(n)]) for name, n in result["kills_by_victim"].items()]
-    lines += [_row(["engines without a model", str(chaos["fake_kills"])])]
-    lines += ["", *_head("found", "")]
-    lines += [_row([text, str(chaos[name])]) for name, text in NAMES_OF_BAD.items()]
+    lines = head("struck", "times")
+    lines += [row([name, str(n)]) for name, n in result["kills_by_victim"].items()]
+    lines += [row(["engines without a model", str(chaos["fake_kills"])])]
+    lines += ["", *head("found", "")]
+    lines += [row([text, str(chaos[name])]) for name, text in NAMES_OF_BAD.items()]
     moments = ", ".join(f"{n} while {name}" for name, n in result["kills_by_moment"].items())
     times = [
         f"{text} {chaos[f'{name}_p50']:.1f} and {chaos[f'{name}_p95']:.1f} s"
@@ -120,7 +122,7 @@ def chaos_table(document: dict[str, Any]) -> str:
             f"{result['checked_samples_of_fake_engines']:,} of others were checked token by token, "
             f"{result['committed_pushes']} pushes committed, {result['connections_cut']} "
             f"connections cut in the middle of an answer. p50 and p95: {'; '.join(times)}. "
-            f"Measured: {commits}. {_circumstances(document)}",
+            f"Measured: {commits}. {circumstances(document)}",
         ]
     )
 
@@ -128,10 +130,10 @@ def chaos_table(document: dict[str, Any]) -> str:
 def chaos_training_table(document: dict[str, Any]) -> str:
     """A row per seed."""
     result, raw = document["result"], document["raw"]
-    lines = _head("seed", "undisturbed", "engines killed")
+    lines = head("seed", "undisturbed", "engines killed")
     accuracy = result["final_accuracy"]
     for seed, calm, hit in zip(result["seeds"], accuracy["calm"], accuracy["hit"], strict=True):
-        lines.append(_row([str(seed), f"{calm:.3f}", f"{hit:.3f}"]))
+        lines.append(row([str(seed), f"{calm:.3f}", f"{hit:.3f}"]))
     verdict = "within" if result["within_seed_noise"] else "OUTSIDE"
     return "\n".join(
         [
@@ -143,7 +145,7 @@ def chaos_training_table(document: dict[str, Any]) -> str:
             f"{result['reward_gap_calm_to_hit']:.3f} between a run and its disturbed twin, by "
             f"{result['reward_gap_between_seeds']:.3f} between undisturbed runs of two seeds. "
             f"{result['kills']} kills, in {result['share_of_steps_hit']:.0%} of the steps: useful "
-            f"time {result['useful_time_ratio']:.0%}. {_circumstances(document)}",
+            f"time {result['useful_time_ratio']:.0%}. {circumstances(document)}",
         ]
     )
 
@@ -160,7 +162,7 @@ def fuzz_table(document: dict[str, Any]) -> str:
         f"{fuzz['rss_growth_mb']:+.1f} MB. {aborts['aborted']:,} requests whose clients left: "
         f"KV usage back to {aborts['kv_cache_usage']:g} after {aborts['release_s']:.2f} s, "
         f"{aborts['left_pending']} samples left pending, memory {aborts['rss_mb_per_1000']:+.2f} "
-        f"MB per 1,000. {_circumstances(document)}"
+        f"MB per 1,000. {circumstances(document)}"
     )
 
 
@@ -183,23 +185,3 @@ def _judged(result: Mapping[str, Any]) -> str:
         )
         verdicts.append(f"`{name}` {bound}: {'met' if bar['met'] else 'MISSED'}")
     return f"Bars: {', '.join(verdicts)}."
-
-
-def _spread(bounds: Iterable[float], digits: int = 3) -> str:
-    return " to ".join(f"{bound:.{digits}f}" for bound in bounds)
-
-
-def _circumstances(document: Mapping[str, Any]) -> str:
-    facts = document["circumstances"]
-    return (
-        f"{facts['num_cores']} cores of {facts['cpu']}, vLLM {facts['vllm']}, "
-        f"commit {facts['commit']}."
-    )
-
-
-def _head(*cells: str) -> list[str]:
-    return [_row(cells), _row([":---", *["---:"] * (len(cells) - 1)])]
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -22,9 +22,9 @@ import numpy as np
 from benchmarks.harness.results import circumstances, print_last_line, read_document, write_result
 from tests.chaos.engine_kills import NUM_ENGINES, EngineKillRun
 from tests.chaos.fake_kills import FakeKillRun
-from tests.chaos.nodes import ClusterNodes
 from tests.chaos.schedule import LOCAL_VICTIMS, Victim, schedule
 from tests.chaos.tally import Tally, load, plain, save
+from tests.support.cluster_nodes import ClusterNodes
 from tests.support.server_process import left_in_shared_memory, shared_memory_files
 
 PARTS = ("fakes", "processes", "nodes")
@@ -75,7 +75,7 @@ def run_kills(
 @contextlib.contextmanager
 def cluster_nodes() -> Iterator[ClusterNodes]:
     """Room for one engine more than there are."""
-    nodes = ClusterNodes(NUM_ENGINES + 1)
+    nodes = ClusterNodes(*[1] * (NUM_ENGINES + 1))
     try:
         yield nodes
     finally:

@@ -26,8 +26,8 @@ import psutil
 
 from tests.chaos.checked_clients import HANG_S, NUM_TOKENS, CheckedClients, unaccounted
 from tests.chaos.engine_processes import core_of, halt, is_gone, scoring_workers, slow_down
-from tests.chaos.nodes import ClusterNodes
 from tests.chaos.schedule import KILLED_ENGINES, LOST_ENGINES, SPARED_ENGINES, Moment, Victim
+from tests.support.cluster_nodes import ClusterNodes
 from tests.support.models import greedy_reference, make_model, random_prompts
 from tests.support.push_process import await_push, start_push
 from tests.support.rollout_checks import metrics_of
@@ -183,6 +183,7 @@ class EngineKillRun:
             self._pusher.kill()
         elif victim is Victim.RAYLET and self._nodes is not None:
             self._nodes.kill_raylet(engine["node_id"])
+            self._nodes.add(1)
         elif victim is Victim.SERVER:
             self._restart_server()
 
@@ -269,8 +270,8 @@ def _settings(nodes: ClusterNodes | None) -> dict[str, Any]:
         },
     }
     if nodes is not None:
-        settings["ray"] = nodes.settings()
-        settings["engine"] |= {"num_cpus": 1, "placement": {"strategy": "spread"}}
+        placed = nodes.settings()
+        settings = {**settings, **placed, "engine": settings["engine"] | placed["engine"]}
     return settings
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 
+from tests.support.cluster_nodes import ClusterNodes
 from tests.support.models import make_model, random_prompts
 from tests.support.rollout_checks import (
     check_books,
@@ -31,48 +31,30 @@ from tests.support.server_process import (
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(400)]
 
-STORE_BYTES = 80 << 20
 NUM_TOKENS = 300
 NUM_REPEATS = 8
 ANSWER_TIMEOUT_S = 120.0
-HEALTH_CHECKS = {
-    "health_check_initial_delay_ms": 0,
-    "health_check_period_ms": 500,
-    "health_check_timeout_ms": 1000,
-    "health_check_failure_threshold": 3,
-}
-"""Ray's own, so that it takes two seconds and not half a minute to find a node dead."""
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def nodes() -> Iterator[ClusterNodes]:
     """The server's node takes no engine; two others have room, one of them for two."""
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 0,
-            "object_store_memory": STORE_BYTES,
-            "include_dashboard": False,
-            "_system_config": HEALTH_CHECKS,
-        },
-    )
+    nodes = ClusterNodes(1, 2)
     try:
-        for num_cpus in (1, 2):
-            cluster.add_node(num_cpus=num_cpus, object_store_memory=STORE_BYTES)
-        yield cluster
+        yield nodes
     finally:
-        cluster.shutdown()
+        nodes.shutdown()
 
 
-def settings(cluster: Cluster, model: Path) -> dict[str, Any]:
+def settings(nodes: ClusterNodes, model: Path) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))
+    placed = nodes.settings()
     return {
+        **placed,
         "model": {"path": str(model), "dtype": "float32", "max_model_len": 512},
-        "ray": {"address": cluster.address},
         "engine": {
+            **placed["engine"],
             "count": 2,
-            "num_cpus": 1,
-            "placement": {"strategy": "spread"},
             "cpu_cores": [str(cores[0]), str(cores[-1])],
             "num_kv_blocks": 200,
             "block_size": 32,
@@ -102,22 +84,22 @@ def post(server: ServerProcess, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_killed_raylet_costs_no_rollout_and_its_engine_comes_back_on_another_node(
-    cluster: Cluster, tmp_path: Path
+    nodes: ClusterNodes, tmp_path: Path
 ) -> None:
     before = shared_memory_files()
     model = make_model(tmp_path / "model", seed=11)
     prompts = random_prompts(4, seed=4)
-    server = ServerProcess(tmp_path, model, settings(cluster, model))
+    server = ServerProcess(tmp_path, model, settings(nodes, model))
     try:
         wait_until(lambda: len(serving(server)) == 2, START_TIMEOUT_S, "two engines to serve")
-        small, large = sorted(cluster.worker_nodes, key=lambda node: node._ray_params.num_cpus)
+        small, large = sorted(nodes.room, key=nodes.room.__getitem__)
         by_node = {engine["node_id"]: engine for engine in serving(server).values()}
-        assert by_node.keys() == {small.node_id, large.node_id}
+        assert by_node.keys() == {small, large}
         expected = tokens_of_whole(
             post(server, greedy_body("calm", prompts, NUM_TOKENS)), len(prompts), NUM_TOKENS
         )
 
-        lost = by_node[small.node_id]
+        lost = by_node[small]
         actor = psutil.Process(lost["pid"])
         family = [actor, *actor.children(recursive=True)]
         body = greedy_body("killed", prompts * NUM_REPEATS, NUM_TOKENS)
@@ -128,7 +110,7 @@ def test_a_killed_raylet_costs_no_rollout_and_its_engine_comes_back_on_another_n
                 START_TIMEOUT_S,
                 "the node's engine to have work",
             )
-            small.all_processes["raylet"][0].process.kill()
+            nodes.kill_raylet(small)
             result = answer.result(ANSWER_TIMEOUT_S)
         tokens = tokens_of_whole(result, len(prompts) * NUM_REPEATS, NUM_TOKENS)
         assert tokens == expected * NUM_REPEATS
@@ -138,7 +120,7 @@ def test_a_killed_raylet_costs_no_rollout_and_its_engine_comes_back_on_another_n
         wait_until(lambda: len(serving(server)) == 2, START_TIMEOUT_S, "a replacement to serve")
         engines = serving(server)
         assert lost["engine_id"] not in engines
-        assert {engine["node_id"] for engine in engines.values()} == {large.node_id}
+        assert {engine["node_id"] for engine in engines.values()} == {large}
         _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == [], "processes of the lost engine"
         again = post(server, greedy_body("after", prompts * 4, NUM_TOKENS))

@@ -5,7 +5,6 @@ Leans on ``ray.cluster_utils.Cluster`` (Ray 2.60.0): ``all_processes`` of a node
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ray.cluster_utils import Cluster
@@ -21,9 +20,9 @@ HEALTH_CHECKS = {
 
 
 class ClusterNodes:
-    """A head that takes no engine, and workers with room for one each."""
+    """A head that takes no engine, and workers with room for so many engines each."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, *room: int) -> None:
         self._cluster = Cluster(
             initialize_head=True,
             head_node_args={
@@ -33,26 +32,29 @@ class ClusterNodes:
                 "_system_config": HEALTH_CHECKS,
             },
         )
-        for _ in range(num_workers):
-            self._add()
+        for num_engines in room:
+            self.add(num_engines)
 
     def settings(self) -> dict[str, Any]:
-        """Of a server that places one engine on each node."""
-        return {"address": self._cluster.address}
+        """Of a server whose engines are placed on these nodes, apart from each other."""
+        return {
+            "ray": {"address": self._cluster.address},
+            "engine": {"num_cpus": 1, "placement": {"strategy": "spread"}},
+        }
 
-    def _add(self) -> None:
-        self._cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+    @property
+    def room(self) -> dict[str, int]:
+        """By node id, of those workers that live."""
+        return {node.node_id: node._ray_params.num_cpus for node in self._cluster.worker_nodes}
+
+    def add(self, num_engines: int) -> None:
+        """Another worker."""
+        self._cluster.add_node(num_cpus=num_engines, object_store_memory=STORE_BYTES)
 
     def kill_raylet(self, node_id: str) -> None:
-        """Kill a worker's raylet; another node joins in its place."""
+        """Nothing else of the node: it is Ray's to find out and to clean up."""
         (node,) = [node for node in self._cluster.worker_nodes if node.node_id == node_id]
         node.all_processes["raylet"][0].process.kill()
-        self._cluster.remove_node(node, allow_graceful=False)
-        self._add()
-
-    def log_directory(self) -> Path:
-        """Where Ray's processes write."""
-        return Path(self._cluster.head_node.get_logs_dir_path())
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
