@@ -56,5 +56,13 @@ class ClusterNodes:
         (node,) = [node for node in self._cluster.worker_nodes if node.node_id == node_id]
         node.all_processes["raylet"][0].process.kill()
 
+    def kill_head(self) -> None:
+        """Of the head, the process that keeps the cluster's tables (GCS)."""
+        self._cluster.head_node.kill_gcs_server()
+
+    def restart_head(self) -> None:
+        """With what a Redis has kept of its tables (``RAY_REDIS_ADDRESS``)."""
+        self._cluster.head_node.start_gcs_server()
+
     def shutdown(self) -> None:
         self._cluster.shutdown()
