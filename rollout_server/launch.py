@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from rollout_server.engine.cluster import (
 from rollout_server.engine.footprint_record import sweep_dead_engines
 from rollout_server.engine.pool import RayEnginePool
 from rollout_server.http_server import http_server, serve_quietly
+from rollout_server.listener import bound_socket, share_with_successors
 from rollout_server.model_info import read_model_info, resolve_device
 from rollout_server.rollouts.ledger import Ledger, NoLedger, RolloutLedger
 from rollout_server.scoring.pool import ScoringPool
@@ -35,7 +35,6 @@ from shared.api_keys import ApiKeys
 from shared.clock import SystemClock
 from shared.config.run import RunConfig
 from shared.config.server_access import is_loopback
-from shared.errors import ConfigurationError
 from shared.weights import sweep_stale_segments
 
 logger = logging.getLogger(__name__)
@@ -102,7 +101,7 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
     ready_file = config.run_dir / READY_FILE_NAME
     signals = StopSignals()
     signals.listen()
-    listener = _listen(config)
+    listener = bound_socket(config.server.host, config.server.port)
     try:
         async with contextlib.AsyncExitStack() as stack:
             stopping = asyncio.create_task(signals.wait(), name="stop-signal")
@@ -116,6 +115,7 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
                 return
             service, ray_address = await starting
             server = http_server(service, api_keys)
+            share_with_successors(listener)
             serving = asyncio.create_task(serve_quietly(server, listener), name="uvicorn")
             port = listener.getsockname()[1]
             url = f"{config.server.url_scheme}://{_local_host(config.server.host)}:{port}"
@@ -135,23 +135,6 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
     finally:
         listener.close()
         ready_file.unlink(missing_ok=True)
-
-
-def _listen(config: RunConfig) -> socket.socket:
-    """Bind before the slow start, so that a taken port is known at once."""
-    server = config.server
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((server.host, server.port))
-    except OSError as exc:
-        listener.close()
-        raise ConfigurationError(
-            f"cannot listen on server.host {server.host!r}, server.port {server.port}: "
-            f"{exc.strerror}",
-            param="server.port",
-        ) from exc
-    return listener
 
 
 def _local_host(host: str) -> str:

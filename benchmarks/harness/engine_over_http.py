@@ -22,7 +22,8 @@ from typing import Any
 from benchmarks.harness.engines import ensure_model
 from rollout_server.engine.protocol import GenerateRequest
 from rollout_server.http_server import http_server, serve_quietly
-from rollout_server.launch import _listen, running_service
+from rollout_server.launch import running_service
+from rollout_server.listener import bound_socket
 from shared.api_keys import ApiKeys
 from shared.client import AsyncRolloutClient, rollout_request
 from shared.config.loading import validate_run_config
@@ -246,7 +247,7 @@ async def compare_with_engine(plan: EnginePlan) -> tuple[dict[str, Any], list[di
     with tempfile.TemporaryDirectory(prefix="slipstream-bench-http-") as directory:
         config = run_config(plan, model, directory)
         async with running_service(config) as (service, _):
-            with _listen(config) as listener:
+            with bound_socket(config.server.host, config.server.port) as listener:
                 server = http_server(service, ApiKeys())
                 serving = asyncio.create_task(serve_quietly(server, listener))
                 client = ClientProcess(f"http://127.0.0.1:{listener.getsockname()[1]}")

@@ -22,8 +22,9 @@ import numpy as np
 from benchmarks.harness.results import circumstances, print_last_line, read_document, write_result
 from tests.chaos.engine_kills import NUM_ENGINES, EngineKillRun
 from tests.chaos.fake_kills import FakeKillRun
+from tests.chaos.records import plain
 from tests.chaos.schedule import LOCAL_VICTIMS, Victim, schedule
-from tests.chaos.tally import Tally, load, plain, save
+from tests.chaos.tally import Tally, load, save
 from tests.support.cluster_nodes import ClusterNodes
 from tests.support.server_process import left_in_shared_memory, shared_memory_files
 
@@ -65,7 +66,7 @@ def run_kills(
         run.abandon()
         raise
     run.close()
-    now.leftover_files = len(left_in_shared_memory(before))
+    run.counts.leftover_files = len(left_in_shared_memory(before))
     total = earlier.plus(now)
     if state is not None:
         save(state, total, commit)
@@ -103,7 +104,6 @@ def run_part(part: str, options: argparse.Namespace) -> dict[str, Any]:
         "circumstances": about,
         **plain(tally.samples),
         **plain(tally.kills),
-        "leftover_files": tally.leftover_files,
     }
 
 

@@ -51,6 +51,8 @@ class KillCounts:
     """Engines that were only slow, and are gone."""
     committed_pushes: int = 0
     leftover_processes: int = 0
+    leftover_files: int = 0
+    """In shared memory."""
     unaccounted: int = 0
     detection_s: list[float] = field(default_factory=list)
     """From a kill to the server's finding it."""

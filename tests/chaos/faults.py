@@ -13,29 +13,43 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.results import print_last_line, write_result
+from benchmarks.harness.results import circumstances, print_last_line, write_result
 from shared.weights import sweep_stale_segments
 from tests.chaos.bad_push_run import BadPushCounts, run_bad_pushes
+from tests.chaos.records import added, load_records, restored, save_records
 from tests.chaos.weight_kills import VICTIMS, Counts, KillRun
 from tests.support.server_process import SHARED_MEMORY, left_in_shared_memory, shared_memory_files
 
+STATE = Path(".cache/chaos/weight_faults.json")
 
-def run_kills(directory: Path, num_rounds: int, seed: int) -> tuple[Counts, int]:
+
+def run_kills(
+    directory: Path, num_rounds: int, seed: int, state: Path | None = None
+) -> tuple[Counts, int]:
     """Each victim so often inside the update window, and whenever it comes too late for that once
-    more; the counts, and how many files are left in shared memory."""
+    more; the counts, and how many files are left in shared memory.
+
+    Args:
+        state: where a run that is ended leaves what it has, for the next one on the same commit.
+    """
+    commit = str(circumstances()["commit"])
+    saved = {} if state is None else load_records(state, commit)
+    total = earlier = restored(Counts, saved["kills"]) if saved else Counts()
     before = shared_memory_files()
-    run = KillRun(directory, seed=seed)
-    inside = run.counts.kills_inside
+    run = KillRun(directory, seed=seed + earlier.kills.total())
     try:
-        while todo := [victim for victim in VICTIMS if inside[victim] < num_rounds]:
+        while todo := [victim for victim in VICTIMS if total.kills_inside[victim] < num_rounds]:
             for victim in todo:
                 run.kill_once(victim)
+                total = added(earlier, run.counts)
+                if state is not None:
+                    save_records(state, commit, kills=total)
     except BaseException:  # an interrupt, too: no server stays behind
         run.abandon()
         raise
     run.close()
     sweep_stale_segments(SHARED_MEMORY)  # as the next trainer or server does
-    return run.counts, len(left_in_shared_memory(before))
+    return total, len(left_in_shared_memory(before))
 
 
 def table(bad: BadPushCounts, kills: Counts, leftovers: int) -> dict[str, Any]:
@@ -71,7 +85,8 @@ def main() -> int:
         (root / "bad").mkdir()
         (root / "kills").mkdir()
         bad = asyncio.run(run_bad_pushes(root / "bad", options.bad_push_rounds))
-        kills, leftovers = run_kills(root / "kills", options.kill_rounds, options.seed)
+        kills, leftovers = run_kills(root / "kills", options.kill_rounds, options.seed, STATE)
+    STATE.unlink(missing_ok=True)
     result = table(bad, kills, leftovers)
     write_result(result, None)
     print_last_line(result)

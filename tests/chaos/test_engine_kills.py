@@ -26,4 +26,4 @@ def test_what_is_killed_loses_no_sample(tmp_path: Path) -> None:
     assert kills.replaced_though_alive == 0
     assert kills.unaccounted == 0
     assert kills.leftover_processes == 0
-    assert tally.leftover_files == 0, "shared memory left behind"
+    assert kills.leftover_files == 0, "shared memory left behind"

@@ -59,9 +59,10 @@ def test_samples_that_the_books_do_not_tell_of(change: dict[str, float], expecte
 
 def tally(kills: int) -> Tally:
     return Tally(
-        kills=KillCounts(kills=Counter({"engine": kills}), recovery_s=[1.5] * kills),
+        kills=KillCounts(
+            kills=Counter({"engine": kills}), recovery_s=[1.5] * kills, leftover_files=1
+        ),
         samples=SampleCounts(checked=10 * kills, causes=["gone"]),
-        leftover_files=1,
     )
 
 
@@ -70,7 +71,7 @@ def test_a_run_goes_on_with_what_it_had(tmp_path: Path) -> None:
     together = load(tmp_path / "state.json", "abc").plus(tally(1))
     assert together.kills.kills == Counter({"engine": 3})
     assert together.kills.recovery_s == [1.5] * 3
-    assert (together.samples.checked, together.leftover_files) == (30, 2)
+    assert (together.samples.checked, together.kills.leftover_files) == (30, 2)
     assert together.samples.causes == ["gone"] * 2
 
 

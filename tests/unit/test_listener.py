@@ -1,0 +1,60 @@
+"""The server's port is its own from the moment it is bound, long before it listens."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from rollout_server.listener import bound_socket, share_with_successors
+from shared.errors import ConfigurationError
+
+
+def reusing() -> socket.socket:
+    """A socket of another program."""
+    other = socket.socket()
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return other
+
+
+def test_nobody_else_takes_it_before_it_listens() -> None:
+    with bound_socket("127.0.0.1", 0) as ours, reusing() as other:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(ours.getsockname())
+        ours.listen()
+
+
+def test_two_servers_that_start_at_once_on_one_port() -> None:
+    with bound_socket("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=f"server.port {port}: Address already in use"):
+            bound_socket("127.0.0.1", port)
+
+
+def test_a_port_that_another_program_listens_on() -> None:
+    with reusing() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(ConfigurationError, match="in use"):
+            bound_socket("127.0.0.1", other.getsockname()[1])
+
+
+def test_connections_of_an_earlier_server_do_not_keep_it_out() -> None:
+    earlier = bound_socket("127.0.0.1", 0)
+    share_with_successors(earlier)
+    earlier.listen()
+    address = earlier.getsockname()
+    with socket.create_connection(address) as client:
+        accepted, _ = earlier.accept()
+        accepted.close()  # the first to close is the one that lingers
+        earlier.close()
+        assert client.recv(1) == b""
+    with bound_socket("127.0.0.1", address[1]) as ours:
+        ours.listen()
+        with socket.create_connection(address):
+            pass
+
+
+def test_an_address_of_another_machine() -> None:
+    with pytest.raises(ConfigurationError, match=r"server\.host '192\.0\.2\.1'"):
+        bound_socket("192.0.2.1", 0)
