@@ -57,7 +57,7 @@ class KillCounts:
     detection_s: list[float] = field(default_factory=list)
     """From a kill to the server's finding it."""
     frozen_detection_s: list[float] = field(default_factory=list)
-    """Of processes that were stopped: ``engine.progress_timeout_s`` is in it."""
+    """Of processes that were stopped: status timeouts are in it."""
     recovery_s: list[float] = field(default_factory=list)
     """From a kill to as many engines as are asked for."""
     beyond_start_s: list[float] = field(default_factory=list)
