@@ -38,7 +38,10 @@ def share_with_successors(listener: socket.socket) -> None:
 
 
 def _bound(host: str, port: int, *, is_shared: bool) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # asyncio sends without delay (TCP_NODELAY) only on sockets that say they are TCP, and accepted
+    # ones say what their listener says. Else Nagle's algorithm and the client's delayed
+    # acknowledgement hold the second piece of every answer, its body, for 40 ms.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(is_shared))
     try:
         listener.bind((host, port))

@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from benchmarks.harness.modelled_engine import (
 )
 from rollout_server.engine.protocol import ModelInfo
 from rollout_server.http_server import http_server, serve_quietly
+from rollout_server.listener import bound_socket
 from rollout_server.scoring.pool import ScoringPool
 from rollout_server.service import RolloutService
 from rollout_server.weights.commit_ledger import CommitLedger
@@ -151,7 +151,8 @@ async def serve(
     if cpu_parts is not None:
         cpu_parts.watch(service)
     await service.start()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with bound_socket("127.0.0.1", 0) as listener:
+        listener.listen()
         server = http_server(service, keys)
         serving = asyncio.create_task(serve_quietly(server, listener))
         partial = ready.with_suffix(".partial")
