@@ -235,7 +235,6 @@ def run_config(plan: EnginePlan, model: Path, directory: str) -> RunConfig:
             },
             "drafter": {"enabled": False},
             "speculation": {"mode": "off"},
-            "server": {"port": 0},
         }
     )
 
@@ -247,7 +246,7 @@ async def compare_with_engine(plan: EnginePlan) -> tuple[dict[str, Any], list[di
     with tempfile.TemporaryDirectory(prefix="slipstream-bench-http-") as directory:
         config = run_config(plan, model, directory)
         async with running_service(config) as (service, _):
-            with bound_socket(config.server.host, config.server.port) as listener:
+            with bound_socket("127.0.0.1", 0) as listener:
                 server = http_server(service, ApiKeys())
                 serving = asyncio.create_task(serve_quietly(server, listener))
                 client = ClientProcess(f"http://127.0.0.1:{listener.getsockname()[1]}")

@@ -28,7 +28,7 @@ from shared.errors import SlipstreamError
 POLL_S = 0.2
 STOP_MARGIN_S = 15.0
 """Added to ``server.shutdown_timeout_s``: Ray itself needs a moment after the server is done."""
-VIEW_TIMEOUT_S = 10.0
+VIEW_TIMEOUT_S = 30.0
 REPORT_TIMEOUT_S = 300.0
 MODEL_TIMEOUT_S = 3600.0
 

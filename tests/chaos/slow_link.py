@@ -62,7 +62,10 @@ class SlowLink:
             _carry(server, to_client, num_pieces),
         )
         tasks = [asyncio.create_task(way) for way in ways]
-        done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:  # the link is closed; asyncio's streams would complain of it
+            return
         for task in waiting:
             task.cancel()
         was_cut = any(task.result() for task in done)

@@ -27,6 +27,7 @@ WIDTH, HEIGHT = 100, 14
 NUM_PROMPTS = 240
 SESSION = "slipstream-picture"
 BEGIN_TIMEOUT_S = 60
+WATCH_S = 4.0
 
 
 def screen() -> str:
@@ -38,12 +39,15 @@ def screen() -> str:
 def watched(command: str, directory: Path) -> str:
     """The screen half way through a command."""
     size = ["-x", str(WIDTH), "-y", str(HEIGHT)]
-    shell = f"export PS1='$ '; cd {shlex.quote(str(directory))}; clear; exec bash --norc"
+    commands = shlex.quote(str(Path(sys.executable).parent))
+    place = shlex.quote(str(directory))
+    shell = f"export PS1='$ ' PATH={commands}:$PATH; cd {place}; exec bash --norc"
     subprocess.run(["tmux", "new-session", "-d", "-s", SESSION, *size, shell], check=True)
     try:
+        wait_until(lambda: screen().startswith("$"), BEGIN_TIMEOUT_S, "the shell")
         subprocess.run(["tmux", "send-keys", "-t", SESSION, command, "Enter"], check=True)
-        wait_until(lambda: "4" in screen() and "%" in screen(), BEGIN_TIMEOUT_S, "progress")
-        time.sleep(3)
+        wait_until(lambda: "%" in screen() or "/" in screen(), BEGIN_TIMEOUT_S, "progress")
+        time.sleep(WATCH_S)
         return screen()
     finally:
         subprocess.run(["tmux", "kill-session", "-t", SESSION], check=True)

@@ -36,6 +36,7 @@ FRAME_MS = 700
 NUM_COLOURS = 64
 SHEET_WIDTH = 720
 """Pixels of one moment."""
+SHEET_COLUMNS = 2
 
 
 class Recording:
@@ -71,9 +72,11 @@ class Recording:
         last_of = dict(self.frames)
         height = SHEET_WIDTH * SIZE["height"] // SIZE["width"]
         moments = [image.resize((SHEET_WIDTH, height)) for image in last_of.values()]
-        whole = Image.new("RGB", (SHEET_WIDTH * len(moments), height), "white")
+        rows = -(-len(moments) // SHEET_COLUMNS)
+        whole = Image.new("RGB", (SHEET_WIDTH * SHEET_COLUMNS, height * rows), "white")
         for number, image in enumerate(moments):
-            whole.paste(image, (number * SHEET_WIDTH, 0))
+            row, column = divmod(number, SHEET_COLUMNS)
+            whole.paste(image, (column * SHEET_WIDTH, row * height))
         whole.quantize(256).save(sheet, optimize=True)
         return [animation, sheet]
 
