@@ -22,10 +22,11 @@ from shared.errors import EngineError, WeightCommitError
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
 from shared.types import DrafterRebuild, PauseMode
 
-REBUILD_SLICE_S = 0.03
-"""Generation waits for so long between two steps while the drafter is rebuilt beside it."""
-REBUILD_SHARE = 0.1
-"""Or for this share of the time that the rebuild has taken so far, if that is longer."""
+SLICE_S = 0.03
+"""Generation waits for so long between two steps while weights are made ready beside it."""
+SLICE_SHARE = 0.1
+"""Or for this share of the time that this has taken so far, if that is longer."""
+MIB = 1 << 20
 AUDIT_MODULES_PER_CALL = 2
 """Generation stands still for so many at a time."""
 
@@ -57,7 +58,16 @@ class WeightLoading:
         check_against_model(manifest, expected_tensors(self._spec.model.path))
         await llm.collective_rpc("slipstream_stage", args=(version, path))
         self._staged[version] = manifest
+        await self._load_ahead(llm, version, changed_tensors(self._manifest, manifest))
         return time.perf_counter() - started
+
+    async def _load_ahead(self, llm: Any, version: int, changed: list[str] | None) -> None:
+        """Do what can be done before the pause; a load in which nothing is ready is as good."""
+        limit_bytes = self._spec.engine.load_ahead_mib * MIB
+        if limit_bytes:
+            arguments = (version, changed, limit_bytes)
+            await llm.collective_rpc("slipstream_begin_ahead", args=arguments)
+            await _between_steps(llm, "slipstream_ahead")
 
     async def stage_initial(self, llm: Any) -> float:
         """Stage the model directory the engine started from, as version 0. Seconds.
@@ -137,13 +147,7 @@ class WeightLoading:
         return self._requantize_s
 
     async def _rebuild(self, llm: Any) -> None:
-        started_s = time.perf_counter()
-        budget_s = REBUILD_SLICE_S
-        while not all(await llm.collective_rpc("slipstream_rebuild", args=(budget_s,))):
-            # Steps are run before the next call is. However long they are, the number of calls
-            # grows with the logarithm of the work: weights.commit_timeout_s bounds all of it.
-            budget_s = max(REBUILD_SLICE_S, REBUILD_SHARE * (time.perf_counter() - started_s))
-        self._requantize_s = time.perf_counter() - started_s
+        self._requantize_s = await _between_steps(llm, "slipstream_rebuild")
         self.drafter_version, self._drafter_manifest = self.version, self._manifest
         self._is_rebuild_begun = False
         await self._set_versions(llm)
@@ -199,3 +203,18 @@ class WeightLoading:
             raise WeightCommitError(
                 f"engine {self._spec.engine_id} failed to resume: {exc}"
             ) from exc
+
+
+async def _between_steps(llm: Any, method: str) -> float:
+    """Call a method of every rank with seconds to spend until all say that they are done.
+
+    Returns:
+        Seconds of all of it, the steps in between included.
+    """
+    started_s = time.perf_counter()
+    budget_s = SLICE_S
+    while not all(await llm.collective_rpc(method, args=(budget_s,))):
+        # Steps are run before the next call is. However long they are, the number of calls grows
+        # with the logarithm of the work: the caller's time limit bounds all of it.
+        budget_s = max(SLICE_S, SLICE_SHARE * (time.perf_counter() - started_s))
+    return time.perf_counter() - started_s

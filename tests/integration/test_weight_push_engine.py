@@ -133,7 +133,7 @@ async def test_the_drafter_is_rebuilt_beside_what_runs_and_drafts_nothing_until_
     pushable: tuple[EngineActor, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, model = pushable
-    monkeypatch.setattr(weight_loading, "REBUILD_SLICE_S", 0.0)  # one block at a time
+    monkeypatch.setattr(weight_loading, "SLICE_S", 0.0)  # one block at a time
     version = (await engine.load())["target_version"] + 1
     await stage_new_weights(engine, model, version, tmp_path)
     await speculate(engine, 3)

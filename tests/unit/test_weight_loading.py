@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rollout_server.engine.arguments import EngineSpec
-from rollout_server.engine.weight_loading import REBUILD_SLICE_S, WeightLoading
+from rollout_server.engine.weight_loading import SLICE_S, WeightLoading
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig
 from shared.errors import WeightCommitError
@@ -47,10 +47,13 @@ class NotedLLM:
             case "slipstream_load":
                 self.calls.append("load")
                 return [0.25, 0.5]
+            case "slipstream_begin_ahead":
+                self._num_slices = 0
+                self.calls.append(("ahead", *args))
             case "slipstream_begin_rebuild":
                 self._num_slices = 0
                 self.calls.append(("begin", *args))
-            case "slipstream_rebuild":
+            case "slipstream_rebuild" | "slipstream_ahead":
                 self._num_slices += 1
                 if self._num_slices == self.fails_in_slice:
                     raise RuntimeError("out of memory")
@@ -59,13 +62,13 @@ class NotedLLM:
         return [None, None]
 
 
-def loading(**drafter: object) -> WeightLoading:
+def loading(*, load_ahead_mib: int = 3, **drafter: object) -> WeightLoading:
     return WeightLoading(
         EngineSpec(
             engine_id="engine-0",
             index=0,
             model=ModelConfig(path="nowhere"),
-            engine=EngineConfig(),
+            engine=EngineConfig(load_ahead_mib=load_ahead_mib),
             drafter=DrafterConfig.model_validate(drafter),
             speculation=SpeculationConfig(),
             device="cpu",
@@ -159,6 +162,37 @@ async def test_after_a_rebuild_that_was_not_ended_everything_is_rebuilt() -> Non
     assert llm.calls[-1] == ("set_weight_versions", 10, 9, True)
 
 
+async def stage(weights: WeightLoading, llm: NotedLLM, version: int, *changed: str) -> float:
+    path = "/dev/shm/weights.safetensors"
+    return await weights.stage(llm, version, path, manifest(version, *changed))
+
+
+async def test_what_changed_is_made_ready_before_the_pause() -> None:
+    llm, weights = NotedLLM(), loading(requantize_every=9)
+    assert await stage(weights, llm, 1) > 0
+    await weights.load(llm, 1, PauseMode.KEEP, False)
+    await weights.resume(llm)
+    await stage(weights, llm, 2, "b")
+    await weights.load(llm, 2, PauseMode.KEEP, False)
+    assert [call for call in llm.calls if call[0] != "set_weight_versions"] == [
+        ("ahead", 1, None, 3 << 20),
+        *["slice"] * NUM_SLICES,
+        "pause",
+        "load",
+        "resume",
+        ("ahead", 2, ["b"], 3 << 20),
+        *["slice"] * NUM_SLICES,
+        "pause",
+        "load",
+    ]
+
+
+async def test_nothing_is_where_that_is_not_wanted() -> None:
+    llm, weights = NotedLLM(), loading(load_ahead_mib=0)
+    await stage(weights, llm, 1)
+    assert llm.calls == []
+
+
 class BusyLLM(NotedLLM):
     """Runs a step of ``step_s`` before each call, and needs ``work_s`` for a rebuild; a block of it
     at the least. Time is its own."""
@@ -189,8 +223,8 @@ async def test_long_steps_do_not_make_a_rebuild_endless(
     took_s = await weights.rebuild_drafter(llm)
     assert took_s == pytest.approx(llm.now_s)
     assert took_s < limit_s
-    assert llm.budgets_s[0] == REBUILD_SLICE_S, "generation hardly waits for a small one"
-    assert max(llm.budgets_s) <= max(REBUILD_SLICE_S, 0.1 * took_s)
+    assert llm.budgets_s[0] == SLICE_S, "generation hardly waits for a small one"
+    assert max(llm.budgets_s) <= max(SLICE_S, 0.1 * took_s)
 
 
 async def test_a_rebuild_that_fails_is_an_error_that_names_engine_and_version() -> None:

@@ -170,6 +170,12 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
         ("model",),
     ),
     Symbol("vllm.model_executor.model_loader.reload.layerwise", "finalize_layerwise_processing"),
+    Symbol("vllm.model_executor.model_loader.reload.layerwise", "get_layerwise_info", ("layer",)),
+    Symbol(
+        "vllm.model_executor.model_loader.reload.layerwise",
+        "_place_kernel_tensors",
+        ("layer", "info"),
+    ),
 )
 # Not here: the ``OPTIONAL_OPS`` of ``drafter/kernels``, which vLLM builds for some processors only.
 # Whoever uses one tries it at start and has another kernel to fall back on.
@@ -180,6 +186,7 @@ CPU_SYMBOLS: tuple[Symbol, ...] = (
         ("output", "input_val", "cu_num_tokens", "replace_from", "replace_to"),
     ),
     Symbol("vllm._custom_ops", "create_onednn_scaled_mm"),
+    Symbol("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm", ("layer",)),
     Symbol("torch", "ops._C.dynamic_scaled_int8_quant.default"),
     Symbol("torch", "ops._C.onednn_scaled_mm.default"),
     Symbol("torch", "ops._C.greedy_argmax.default"),

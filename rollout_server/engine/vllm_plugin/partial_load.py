@@ -17,12 +17,31 @@ from torch.nn import Module
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TouchedModule:
+    """A module, with all of the checkpoint tensors that make it up."""
+
+    name: str
+    module: Module
+    tensor_names: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TouchedModules:
     """A part of a model, with the checkpoint tensors that make it up."""
 
-    modules: list[Module]
-    module_names: frozenset[str]
-    tensor_names: frozenset[str]
+    parts: list[TouchedModule]
+
+    @property
+    def modules(self) -> list[Module]:
+        return [part.module for part in self.parts]
+
+    @property
+    def module_names(self) -> frozenset[str]:
+        return frozenset(part.name for part in self.parts)
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        return frozenset(name for part in self.parts for name in part.tensor_names)
 
 
 def touched_modules(
@@ -49,15 +68,15 @@ def touched_modules(
         return f"{parent}.{last}" if parent else last
 
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = frozenset(module_of(name) for name in changed)
-    found = []
-    for name in sorted(names):
+    tensors: dict[str, set[str]] = {module_of(name): set() for name in changed}
+    for name in available:
+        if (owner := module_of(name)) in tensors:
+            tensors[owner].add(name)
+    parts = []
+    for name in sorted(tensors):
         module = modules.get(name)
         if module is None or next(module.children(), None) is not None:
             return None
-        found.append(module)
-    return TouchedModules(
-        modules=found,
-        module_names=names,
-        tensor_names=frozenset(name for name in available if module_of(name) in names),
-    )
+        part = TouchedModule(name=name, module=module, tensor_names=frozenset(tensors[name]))
+        parts.append(part)
+    return TouchedModules(parts=parts)

@@ -11,6 +11,7 @@ session open for good, whereas here a failed load poisons the engine and the ser
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from rollout_server.engine.vllm_plugin.checkpoint import (
 )
 from rollout_server.engine.vllm_plugin.drafter_rebuild import DrafterRebuilding
 from rollout_server.engine.vllm_plugin.expert_repair import repack_experts
+from rollout_server.engine.vllm_plugin.load_ahead import LoadAhead
 from rollout_server.engine.vllm_plugin.partial_load import touched_modules
 from rollout_server.engine.vllm_plugin.reused_memory import reused_memory
 from rollout_server.engine.vllm_plugin.weight_audit import WeightAudit, auditable_modules
@@ -48,6 +50,7 @@ class SlipstreamWorkerExtension:
     _slipstream_staged: dict[int, str]
     _slipstream_loaded_path: str
     _slipstream_rebuilding: DrafterRebuilding | None = None
+    _slipstream_ahead: LoadAhead | None = None
 
     def slipstream_stage(self, version: int, path: str) -> int:
         """Look into the file (or model directory) and remember it; nothing is served from it yet.
@@ -56,11 +59,37 @@ class SlipstreamWorkerExtension:
             self._slipstream_staged = {}
         num_tensors = len(tensor_names(path))
         self._slipstream_staged[version] = path
+        self._slipstream_ahead = None
         return num_tensors
+
+    def slipstream_begin_ahead(
+        self, version: int, changed: list[str] | None, limit_bytes: int
+    ) -> None:
+        """Get ready to load a staged version ahead of its pause.
+
+        Args:
+            changed: checkpoint tensors that differ from what is loaded; None for all of them.
+            limit_bytes: of memory for what is ready.
+
+        Raises:
+            KeyError: the version was not staged.
+        """
+        path = self._slipstream_staged[version]
+        model = self.model_runner.get_model()
+        self._slipstream_ahead = LoadAhead(
+            self.vllm_config, model, version, path, changed, limit_bytes
+        )
+
+    def slipstream_ahead(self, budget_s: float) -> bool:
+        """Go on with it for about so long. True when it is done."""
+        ahead = self._slipstream_ahead
+        return ahead is None or ahead.advance(budget_s)
 
     def slipstream_discard(self, version: int) -> None:
         """Forget a staged version."""
         getattr(self, "_slipstream_staged", {}).pop(version, None)
+        if self._slipstream_ahead is not None and self._slipstream_ahead.version == version:
+            self._slipstream_ahead = None
 
     def slipstream_load(self, version: int, changed: list[str] | None = None) -> float:
         """Replace the target's weights; the drafter stays as it is. Generation must be paused.
@@ -78,8 +107,12 @@ class SlipstreamWorkerExtension:
         model = self.model_runner.get_model()
         started = time.perf_counter()
         self._slipstream_rebuilding = None
+        ahead, self._slipstream_ahead = self._slipstream_ahead, None
         with set_current_vllm_config(self.vllm_config), torch.no_grad(), reused_memory():
-            load_target(model, path, changed, self.vllm_config.model_config)
+            loaded: frozenset[str] = frozenset()
+            if ahead is not None and ahead.version == version:
+                loaded = ahead.take_place()
+            load_target(model, path, changed, self.vllm_config.model_config, loaded)
         torch.accelerator.synchronize()
         self._slipstream_loaded_path = path
         return time.perf_counter() - started
@@ -147,9 +180,23 @@ class SlipstreamWorkerExtension:
         }
 
 
-def load_target(model: Any, path: str, changed: list[str] | None, model_config: Any) -> None:
-    """Load a file's tensors; only those modules that ``changed`` touches, where it is given."""
-    touched = None if changed is None else touched_modules(model, changed, tensor_names(path))
+def load_target(
+    model: Any,
+    path: str,
+    changed: list[str] | None,
+    model_config: Any,
+    loaded: Collection[str] = (),
+) -> None:
+    """Load a file's tensors; only those modules that ``changed`` touches, where it is given.
+
+    Args:
+        loaded: tensors whose modules have them already, all of each.
+    """
+    available = tensor_names(path)
+    wanted = changed
+    if loaded:
+        wanted = sorted(set(available if changed is None else changed).difference(loaded))
+    touched = None if wanted is None else touched_modules(model, wanted, available)
     if touched is None:
         initialize_layerwise_reload(model)
         model.load_weights(iterate_safetensors(path))

@@ -1,0 +1,145 @@
+"""Makes a push's weights ready in a vLLM worker while it still generates with the old ones.
+
+Module by module, each between two steps: it is loaded in place, as in any push; what came of it is
+kept, and the module gets back what it had. In the pause what is ready takes its place, and only
+what is left is loaded. On a CPU nearly all weights of a linear layer live in what
+``layer.cpu_linear`` refers to (oneDNN's packed form), and the exchange is one assignment. Tensors
+are copied: others hold on to their memory (the drafter, CUDA graphs).
+
+Leans on (vLLM 0.32.0): ``initialize_layerwise_reload`` and ``finalize_layerwise_processing`` on one
+module; ``get_layerwise_info`` and ``_place_kernel_tensors``, to end a reload that failed;
+``layer.cpu_linear`` as set by ``dispatch_cpu_unquantized_gemm``, all of a packed weight.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch.nn import Module
+from vllm.config import set_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _place_kernel_tensors,
+    finalize_layerwise_processing,
+    get_layerwise_info,
+    initialize_layerwise_reload,
+)
+
+from rollout_server.engine.vllm_plugin.checkpoint import OpenCheckpoint, tensor_names
+from rollout_server.engine.vllm_plugin.partial_load import (
+    TouchedModule,
+    TouchedModules,
+    touched_modules,
+)
+from rollout_server.engine.vllm_plugin.reused_memory import reused_memory
+
+PACKED_WEIGHT = "cpu_linear"
+
+
+class LoadAhead:
+    """One version, from begin to end; dropping it costs nothing but the work.
+
+    Args:
+        path: its file.
+        changed: checkpoint tensors that differ from what is loaded; None for all of them.
+        limit_bytes: of memory for what is ready; what does not fit is left for the pause.
+    """
+
+    def __init__(
+        self,
+        vllm_config: Any,
+        model: Any,
+        version: int,
+        path: str,
+        changed: list[str] | None,
+        limit_bytes: int,
+    ) -> None:
+        self.version = version
+        self._vllm_config = vllm_config
+        self._model = model
+        self._ready: list[tuple[TouchedModule, _State]] = []
+        available = tensor_names(path)
+        touched = touched_modules(model, available if changed is None else changed, available)
+        self._work = iter(()) if touched is None else self._modules(path, touched, limit_bytes)
+
+    def advance(self, budget_s: float) -> bool:
+        """Go on for about ``budget_s``, a module at the least. True when it is done.
+
+        Raises:
+            Exception: vLLM's, of a module that cannot be loaded; all serve what they did before.
+        """
+        deadline_s = time.perf_counter() + budget_s
+        with set_current_vllm_config(self._vllm_config), torch.no_grad(), reused_memory():
+            for _ in self._work:
+                torch.accelerator.synchronize()
+                if time.perf_counter() >= deadline_s:
+                    return False
+        return True
+
+    def take_place(self) -> frozenset[str]:
+        """Serve what is ready from now on. Returns the checkpoint tensors this takes care of."""
+        ready, self._ready = self._ready, []
+        for part, state in ready:
+            state.put_into(part.module)
+        return frozenset(name for part, _ in ready for name in part.tensor_names)
+
+    def _modules(self, path: str, touched: TouchedModules, limit_bytes: int) -> Iterator[None]:
+        num_ranks = get_tensor_model_parallel_world_size()
+        num_bytes = 0
+        with OpenCheckpoint(path) as checkpoint:
+            for part in touched.parts:
+                # A tied LM head is packed from the embedding after that is loaded.
+                if isinstance(part.module, VocabParallelEmbedding):
+                    continue
+                tensors = checkpoint.read(part.tensor_names)
+                size = sum(tensor.nbytes for tensor in tensors.values()) // num_ranks
+                if num_bytes + size > limit_bytes:
+                    continue
+                num_bytes += size
+                self._ready.append((part, self._load_beside(part.module, tensors)))
+                yield
+
+    def _load_beside(self, module: Module, tensors: dict[str, torch.Tensor]) -> _State:
+        """What a module would be with these weights; it stays what it is."""
+        before = _State.of(module)
+        try:
+            initialize_layerwise_reload(module)
+            self._model.load_weights(iter(tensors.items()))
+            finalize_layerwise_processing(module, self._vllm_config.model_config)
+            return _State.of(module)
+        finally:
+            info = get_layerwise_info(module)
+            if info.can_load():  # it failed half-way
+                _place_kernel_tensors(module, info)
+                info.reset()
+            before.put_into(module)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _State:
+    """A module's weights: copies of its tensors, and its packed form where it has one."""
+
+    tensors: dict[str, torch.Tensor]
+    packed: Any
+
+    @classmethod
+    def of(cls, module: Module) -> Self:
+        return cls(
+            tensors={name: t.detach().clone() for name, t in _tensors(module).items()},
+            packed=getattr(module, PACKED_WEIGHT, None),
+        )
+
+    def put_into(self, module: Module) -> None:
+        for name, tensor in _tensors(module).items():
+            tensor.data.copy_(self.tensors[name])
+        if self.packed is not None:
+            setattr(module, PACKED_WEIGHT, self.packed)
+
+
+def _tensors(module: Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
