@@ -50,7 +50,7 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engi
 async def stage(engine: EngineActor, model: Path) -> int:
     """The weights of a model directory as the next version, which is returned."""
     version = (await engine.load())["target_version"] + 1
-    segment = model / f"slipstream-test-{version}.part"
+    segment = model.parent / f"slipstream-test-{model.name}-{version}.safetensors"
     shutil.copy(model / "model.safetensors", segment)
     await engine.stage(version, str(segment), build_manifest(segment))
     return version
