@@ -1,9 +1,10 @@
 """What does a weight push cost, against a plain copy of the same bytes?
 
 The wide model, real engines in this process, shared memory, the real coordinator with its record on
-disk. In each repeat a plain copy of all tensors, a full push to one engine, a full push to two, and
-a push of what changed (one element in a hundred, in every tensor) to one take turns, while one
-sequence per engine is running. A push is timed from the first byte that the trainer's side writes
+disk. In each repeat a plain copy of all tensors, a full push to one engine, the same with all of it
+made ready before the pause (``engine.load_ahead_mib``), a full push to two, and a push of what
+changed (one element in a hundred, in every tensor) to one take turns, while one sequence per engine
+is running. A push is timed from the first byte that the trainer's side writes
 to the coordinator's answer; ``paused`` is the longest time an engine stood still. Before a full
 push every element changes: engines load what is new and nothing else.
 """
@@ -18,6 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,9 @@ from shared.weights import segment_name
 
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 INTEGERS = {2: torch.int16, 4: torch.int32}
+SIDES = ["copy", "one", "ahead", "two", "delta"]
+LOAD_AHEAD_MIB = 2048
+"""More than the model."""
 DELTA_SHARE = 0.01
 """What a step of reinforcement learning changes, about."""
 
@@ -59,7 +65,10 @@ def engine_spec(model: Path, index: int, num_engines: int) -> EngineSpec:
         index=0,
         model=ModelConfig(path=str(model), dtype="bfloat16", max_model_len=1024),
         engine=EngineConfig(
-            kv_cache_memory_mib=128, max_num_seqs=8, block_size=32, cpu_cores=[_as_list(own)]
+            kv_cache_memory_mib=128,
+            max_num_seqs=8,
+            block_size=32,
+            cpu_cores=[_as_list(own)],
         ),
         drafter=DrafterConfig(),
         speculation=SpeculationConfig(mode=SpeculationMode.OFF, num_speculative_tokens=4),
@@ -84,6 +93,20 @@ async def keep_busy(engine: EngineActor, name: str) -> None:
                 sampling=SamplingOptions(temperature=1.0, max_tokens=900, ignore_eos=True),
             )
         )
+
+
+@contextlib.contextmanager
+def loading_ahead(engine: EngineActor, wanted: bool) -> Iterator[None]:
+    """Give an engine memory to load a push ahead of its pause, for this push only."""
+    weights = engine._weights
+    before = weights._spec
+    if wanted:
+        changed = before.engine.model_copy(update={"load_ahead_mib": LOAD_AHEAD_MIB})
+        weights._spec = replace(before, engine=changed)
+    try:
+        yield
+    finally:
+        weights._spec = before
 
 
 class Bench:
@@ -172,16 +195,16 @@ async def measure(model: Path, repeats: int) -> dict[str, Any]:
         async with contextlib.AsyncExitStack() as stack:
             bench = Bench(tensors, Path(directory))
             stack.push_async_callback(bench.coordinator.close)
-            handles = []
+            handles, engines = [], []
             for index in range(2):
                 spec = engine_spec(model, index, 2)
                 actor = await stack.enter_async_context(running_engine(spec))
+                engines.append(actor)
                 handles.append(LocalHandle(spec.engine_id, actor, WeightsConfig()))
                 busy = asyncio.create_task(keep_busy(actor, spec.engine_id))
                 stack.callback(busy.cancel)
             for repeat in range(repeats + 1):
-                order = ["copy", "one", "two", "delta"]
-                order = order[repeat % 4 :] + order[: repeat % 4]
+                order = SIDES[repeat % len(SIDES) :] + SIDES[: repeat % len(SIDES)]
                 found: dict[str, Any] = {}
                 for side in order:
                     if side == "copy":
@@ -192,7 +215,8 @@ async def measure(model: Path, repeats: int) -> dict[str, Any]:
                     if side == "delta" and repeat == 0 and bench.coordinator.snapshot() is None:
                         await bench.push()
                     bench.change(DELTA_SHARE if side == "delta" else 1.0)
-                    found[side] = await bench.push(only_changes=side == "delta")
+                    with loading_ahead(engines[0], side == "ahead"):
+                        found[side] = await bench.push(only_changes=side == "delta")
                 if repeat > 0:
                     rounds.append(found)
                 shown = {s: v if s == "copy" else v["all"] for s, v in found.items()}
@@ -214,6 +238,8 @@ def summarize(rounds: list[dict[str, Any]], num_bytes: int) -> dict[str, Any]:
             round(bound(r["one"]["all"] / r["copy"] for r in rounds), 2) for bound in (min, max)
         ],
         "pause_ratio": median(lambda r: r["one"]["paused"] / r["copy"]),
+        "ahead_push_ratio": median(lambda r: r["ahead"]["all"] / r["copy"]),
+        "ahead_pause_ratio": median(lambda r: r["ahead"]["paused"] / r["copy"]),
         "verify_share": median(lambda r: r["one"]["verifying"] / r["one"]["all"]),
         "two_engines_ratio": median(lambda r: r["two"]["all"] / r["one"]["all"]),
         "delta_time_ratio": median(lambda r: r["delta"]["all"] / r["one"]["all"]),
@@ -225,6 +251,7 @@ def summarize(rounds: list[dict[str, Any]], num_bytes: int) -> dict[str, Any]:
         "bytes": num_bytes,
         "repeats": len(rounds),
         "phases_s": {phase: median(lambda r, p=phase: r["one"][p]) for phase in phases},
+        "phases_of_ahead_s": {phase: median(lambda r, p=phase: r["ahead"][p]) for phase in phases},
         "phases_of_delta_s": {phase: median(lambda r, p=phase: r["delta"][p]) for phase in phases},
         "phases_of_two_s": {phase: median(lambda r, p=phase: r["two"][p]) for phase in phases},
     }

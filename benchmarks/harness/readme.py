@@ -137,11 +137,19 @@ WEIGHT_PHASES = (
 )
 
 
+WEIGHT_SIDES = {
+    "phases_s": "one engine",
+    "phases_of_ahead_s": "loaded ahead",
+    "phases_of_delta_s": "1 % changed",
+    "phases_of_two_s": "two engines",
+}
+
+
 def weights_table(document: dict[str, Any]) -> str:
     """A row per phase of a push to one engine, of what changed, and to two."""
     result = document["result"]
-    sides = (result["phases_s"], result["phases_of_delta_s"], result["phases_of_two_s"])
-    header = ["seconds", "one engine", "1 % changed", "two engines"]
+    sides = [result[name] for name in WEIGHT_SIDES]
+    header = ["seconds", *WEIGHT_SIDES.values()]
     lines = [row(header), row([":---", *["---:"] * len(sides)])]
     for phase in WEIGHT_PHASES:
         lines.append(row([phase, *(f"{side[phase]:.3f}" for side in sides)]))
@@ -152,7 +160,9 @@ def weights_table(document: dict[str, Any]) -> str:
             f"A plain copy of the same {result['bytes'] / 1e9:.2f} GB in memory took "
             f"{result['copy_s']:.3f} s: a push takes {result['full_push_ratio']:.1f} times as long "
             f"({spread(result['full_push_spread'], 1)}) and stops generation for "
-            f"{result['pause_ratio']:.1f} times as long. Verification is "
+            f"{result['pause_ratio']:.1f} times as long; loaded ahead of the pause, "
+            f"{result['ahead_push_ratio']:.1f} and {result['ahead_pause_ratio']:.1f} times. "
+            "Verification is "
             f"{result['verify_share']:.0%} of it; a second engine on the host makes it "
             f"{result['two_engines_ratio']:.2f} times as long. Where one element in a hundred "
             f"of every tensor changed, a push takes {result['delta_time_ratio']:.2f} of the time "

@@ -65,9 +65,10 @@ class EngineConfig(SettingsModel):
     """True captures no CUDA graphs: a faster start and slower steps."""
     enable_prefix_caching: bool = True
     """Prompts that begin alike share KV blocks, within a weight version."""
-    load_ahead_mib: int = Field(default=512, ge=0)
-    """Memory in which each rank makes a push's weights ready while it still generates with the old
-    ones; what does not fit is loaded while it stands still. 0: all of it."""
+    load_ahead_mib: int = Field(default=0, ge=0)
+    """Memory (on a GPU, beside ``gpu_memory_utilization``) in which each rank makes a push's
+    weights ready while it still generates with the old ones; what does not fit is loaded while it
+    stands still. A shorter pause for a longer push."""
     seed: int = 0
     """vLLM's, for requests without a seed of their own."""
     start_timeout_s: float = Field(default=300.0, gt=0)

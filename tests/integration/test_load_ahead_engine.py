@@ -42,7 +42,10 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engi
     """Qwen 2: biases lie in tensors, beside packed weights."""
     path = QWEN2(tmp_path_factory.mktemp("start"), seed=3)
     async with running_engine(
-        path, drafter={"scheme": "int8"}, worker_extension="tests.support.ahead.AheadExtension"
+        path,
+        engine={"load_ahead_mib": 64},
+        drafter={"scheme": "int8"},
+        worker_extension="tests.support.ahead.AheadExtension",
     ) as actor:
         yield actor
 

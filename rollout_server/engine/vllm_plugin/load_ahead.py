@@ -74,7 +74,9 @@ class LoadAhead:
             Exception: vLLM's, of a module that cannot be loaded; all serve what they did before.
         """
         deadline_s = time.perf_counter() + budget_s
-        with set_current_vllm_config(self._vllm_config), torch.no_grad(), reused_memory():
+        # What is left over is taken by the next module, or by what the pause loads.
+        memory = reused_memory(give_back=False)
+        with set_current_vllm_config(self._vllm_config), torch.no_grad(), memory:
             for _ in self._work:
                 torch.accelerator.synchronize()
                 if time.perf_counter() >= deadline_s:

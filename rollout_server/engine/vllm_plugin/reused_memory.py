@@ -25,8 +25,12 @@ TRIM_THRESHOLD_BYTES = 64 << 20
 
 
 @contextlib.contextmanager
-def reused_memory() -> Iterator[None]:
-    """For the length of a load; what is left over at its end goes back to the kernel."""
+def reused_memory(*, give_back: bool = True) -> Iterator[None]:
+    """For the length of a load, or of a part of one.
+
+    Args:
+        give_back: what is left over at the end goes back to the kernel at once.
+    """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
         yield
@@ -38,4 +42,5 @@ def reused_memory() -> Iterator[None]:
     finally:
         libc.mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
         libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
-        libc.malloc_trim(0)
+        if give_back:
+            libc.malloc_trim(0)
