@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 import uvicorn
@@ -9,6 +10,9 @@ import uvicorn
 from rollout_server.api.app import create_app
 from rollout_server.service import RolloutService
 from shared.api_keys import ApiKeys
+from shared.errors import SlipstreamError
+
+LISTENING_POLL_S = 0.005
 
 
 def http_server(service: RolloutService, api_keys: ApiKeys) -> uvicorn.Server:
@@ -32,3 +36,20 @@ async def serve_quietly(server: uvicorn.Server, listener: socket.socket) -> None
     """Serve until ``server.should_exit``."""
     # ``_serve`` is ``serve`` without uvicorn's own signal handling, which would race with ours.
     await server._serve(sockets=[listener])
+
+
+async def until_listening(server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    """Until connections are accepted (uvicorn: ``Server.started``).
+
+    Args:
+        serving: ``serve_quietly``.
+
+    Raises:
+        Exception: whatever keeps it from listening.
+        SlipstreamError: it ended before.
+    """
+    while not server.started:
+        if serving.done():
+            await serving
+            raise SlipstreamError("the HTTP server ended before it listened on its port")
+        await asyncio.sleep(LISTENING_POLL_S)

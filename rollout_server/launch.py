@@ -19,7 +19,7 @@ from rollout_server.engine.cluster import (
 )
 from rollout_server.engine.footprint_record import sweep_dead_engines
 from rollout_server.engine.pool import RayEnginePool
-from rollout_server.http_server import http_server, serve_quietly
+from rollout_server.http_server import http_server, serve_quietly, until_listening
 from rollout_server.listener import bound_socket, share_with_successors
 from rollout_server.model_info import read_model_info, resolve_device
 from rollout_server.rollouts.ledger import Ledger, NoLedger, RolloutLedger
@@ -117,6 +117,7 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
             server = http_server(service, api_keys)
             share_with_successors(listener)
             serving = asyncio.create_task(serve_quietly(server, listener), name="uvicorn")
+            await until_listening(server, serving)
             port = listener.getsockname()[1]
             url = f"{config.server.url_scheme}://{_local_host(config.server.host)}:{port}"
             logger.info("serving on %s, %d API keys", url, len(api_keys))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
+import uvicorn
 
+from rollout_server.http_server import serve_quietly, until_listening
 from rollout_server.listener import bound_socket, share_with_successors
-from shared.errors import ConfigurationError
+from shared.errors import ConfigurationError, SlipstreamError
 
 
 def reusing() -> socket.socket:
@@ -76,3 +80,53 @@ async def test_what_is_accepted_sends_without_delay() -> None:
             assert await reader.read() == b""
             writer.close()
     assert found[0] != 0
+
+
+class SlowServer(uvicorn.Server):
+    """Takes a while to load what it serves, as ours does."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await asyncio.sleep(0.05)
+        await super().startup(sockets)
+
+
+class BrokenServer(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        raise OSError("no memory for sockets")
+
+
+class EndedServer(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.should_exit = True
+
+
+async def nothing(
+    scope: dict[str, Any],
+    receive: Callable[[], Awaitable[Any]],
+    send: Callable[[Any], Awaitable[None]],
+) -> None:
+    """An application that nobody asks."""
+
+
+def config() -> uvicorn.Config:
+    return uvicorn.Config(nothing, lifespan="off", log_config=None)
+
+
+async def test_whoever_hears_that_it_listens_can_connect() -> None:
+    server = SlowServer(config())
+    with bound_socket("127.0.0.1", 0) as ours:
+        serving = asyncio.create_task(serve_quietly(server, ours))
+        await until_listening(server, serving)
+        _, writer = await asyncio.open_connection(*ours.getsockname())
+        writer.close()
+        server.should_exit = True
+        await serving
+
+
+async def test_a_server_that_will_never_listen_is_not_waited_for() -> None:
+    for kind, message in ((BrokenServer, "no memory"), (EndedServer, "before it listened")):
+        server = kind(config())
+        with bound_socket("127.0.0.1", 0) as ours:
+            serving = asyncio.create_task(serve_quietly(server, ours))
+            with pytest.raises((OSError, SlipstreamError), match=message):
+                await asyncio.wait_for(until_listening(server, serving), 5)
