@@ -187,8 +187,8 @@ class Bench:
         )
 
 
-async def measure(model: Path, repeats: int) -> dict[str, Any]:
-    """All sides in turn, after one uncounted repeat."""
+async def measure(model: Path, repeats: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All sides in turn, after one uncounted repeat; figures, and the seconds of every repeat."""
     tensors = {name: t.clone() for name, t in load_file(model / "model.safetensors").items()}
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as directory:
@@ -221,7 +221,7 @@ async def measure(model: Path, repeats: int) -> dict[str, Any]:
                     rounds.append(found)
                 shown = {s: v if s == "copy" else v["all"] for s, v in found.items()}
                 print(f"repeat {repeat}/{repeats}, seconds: {shown}", file=sys.stderr)
-    return summarize(rounds, bench.num_bytes)
+    return summarize(rounds, bench.num_bytes), rounds
 
 
 def summarize(rounds: list[dict[str, Any]], num_bytes: int) -> dict[str, Any]:
@@ -263,8 +263,8 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=Path(".cache/models/wide-450m"))
     options = parser.parse_args()
     model = ensure_model(options.model, "wide-450m")
-    result = asyncio.run(measure(model, options.repeats))
-    write_result(result, None)
+    result, rounds = asyncio.run(measure(model, options.repeats))
+    write_result(result, rounds)
     print_last_line(result)
     return 0
 
