@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -13,7 +13,7 @@ from rollout_server.engine.fence import Fence, FencedOffError
 from rollout_server.engine.footprint import Footprint, merged
 from rollout_server.engine.footprint_record import remove_own_traces
 from rollout_server.engine.lifecycle import EngineLifecycle
-from shared.errors import EngineDeadError, EngineError, SlipstreamError
+from shared.errors import EngineDeadError, EngineError, SlipstreamError, WeightCommitError
 from shared.types import EngineState
 
 FOOTPRINT_TIMEOUT_S = 5.0
@@ -61,6 +61,37 @@ class ActorCalls:
             ) from exc
         except RayError as exc:
             raise self._translate(exc) from exc
+
+    async def call_or_die(
+        self,
+        reference: Awaitable[Any],
+        purpose: str,
+        timeout_s: float,
+        standstill: Coroutine[Any, Any, str],
+    ) -> Any:
+        """A call whose failure, or cancellation, is the engine's end: nobody knows how far it got.
+
+        Args:
+            standstill: ends, with the reason, when the engine is to be given up before that.
+
+        Raises:
+            WeightCommitError: it failed, and is dead now.
+        """
+        watching = asyncio.create_task(standstill)
+        watching.add_done_callback(self._die_of)
+        try:
+            return await self.call(reference, purpose, timeout_s)
+        except BaseException as exc:
+            self.die(f"it failed {purpose}: {exc}")
+            if isinstance(exc, SlipstreamError):
+                raise WeightCommitError(exc.message) from exc
+            raise
+        finally:
+            watching.cancel()
+
+    def _die_of(self, watching: asyncio.Task[str]) -> None:
+        if not watching.cancelled() and watching.exception() is None:
+            self.die(watching.result())
 
     def _dead(self) -> EngineDeadError:
         return EngineDeadError(f"engine {self._engine_id} is dead: {self.lifecycle.error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -23,10 +24,10 @@ from rollout_server.engine.protocol import (
     KnownTokens,
     SampleProgress,
 )
+from rollout_server.engine.standstill import StandstillLimits, activity_of, until_standstill
 from rollout_server.engine.status import engine_status
 from rollout_server.engine.vllm_metrics import MetricText
 from shared.config.weights import WeightsConfig
-from shared.errors import SlipstreamError, WeightCommitError
 from shared.schemas.engines import EngineStatus
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
@@ -96,11 +97,12 @@ class RayEngineHandle:
         Raises:
             EngineError: vLLM's reason, or ``engine.start_timeout_s`` passed.
         """
+        began_s = time.monotonic()
         self._actor = await self.host.create()
-        self._facts = await self._call(
+        facts: EngineFacts = await self._call(
             self._actor.start.remote(), "to start", self.spec.engine.start_timeout_s
         )
-        assert self._facts is not None
+        self._facts = replace(facts, start_up_s=time.monotonic() - began_s)
         where = self._actor.__ray_call__.remote(_node_of)
         self._node_id = await self._control(where, "for its node")
         # Asked for now as well: an engine that is killed later cannot tell any more.
@@ -263,15 +265,14 @@ class RayEngineHandle:
         self._calls.die(reason)
 
     async def _or_die(self, reference: Awaitable[Any], purpose: str, timeout_s: float) -> Any:
-        """A call of the commit window: nobody knows how far a failed one got, so that its engine
-        never serves again. Also when cancelled."""
-        try:
-            return await self._call(reference, purpose, timeout_s)
-        except BaseException as exc:
-            self._calls.die(f"it failed {purpose}: {exc}")
-            if isinstance(exc, SlipstreamError):
-                raise WeightCommitError(exc.message) from exc
-            raise
+        """A call of the commit window, in which no status tells whether the engine is alive."""
+        watch = until_standstill(
+            lambda: self._control(
+                self._actor.__ray_call__.remote(activity_of), "to look at itself"
+            ),
+            StandstillLimits.of(self.spec.engine),
+        )
+        return await self._calls.call_or_die(reference, purpose, timeout_s, watch)
 
     async def stop(self, reason: str) -> None:
         """Shut vLLM down, then the actor, then remove whatever of them is still there."""

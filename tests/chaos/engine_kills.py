@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ class EngineKillRun:
             wait_until(self.is_whole, START_TIMEOUT_S, f"{self._target} engines to serve again")
             recovery_s = time.monotonic() - started
         if victim in KILLED_ENGINES and moment in (Moment.GENERATING, Moment.PUSHING):
-            self._note_recovery(recovery_s, engines)
+            self._note_recovery(recovery_s, engines.keys())
         if victim in SPARED_ENGINES and name not in self._serving():
             self.counts.replaced_though_alive += 1
         print(
@@ -202,9 +202,9 @@ class EngineKillRun:
         found = self.counts.frozen_detection_s if frozen else self.counts.detection_s
         found.append(time.monotonic() - started)
 
-    def _note_recovery(self, recovery_s: float, before: dict[str, Any]) -> None:
+    def _note_recovery(self, recovery_s: float, before: Set[str]) -> None:
         self.counts.recovery_s.append(recovery_s)
-        starts = [e["start_up_s"] for name, e in self._serving().items() if name not in before]
+        starts = [e["start_up_s"] for name, e in self.engines().items() if name not in before]
         if starts:
             self.counts.beyond_start_s.append(recovery_s - max(starts))
 
@@ -246,7 +246,7 @@ class EngineKillRun:
         """After an error: leave no server, and do not hide the error."""
         self.clients.end()
         for process in self._families:  # some may be stopped, and would stay so
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGCONT)
         self._server.kill()
 
