@@ -27,6 +27,11 @@ class CommitWindow:
         self._pause_s = 0.0
         self._load_s = 0.0
 
+    @property
+    def is_open(self) -> bool:
+        """From the pause to the resume."""
+        return self._asked_s is not None
+
     async def pause(self, core: Any, mode: PauseMode, recompute_kv: bool) -> None:
         """Stop generating between two steps; does nothing inside a window.
 

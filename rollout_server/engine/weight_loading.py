@@ -6,6 +6,7 @@ the scheduler through the plugin's core methods; both run between two engine ste
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from typing import Any
@@ -25,7 +26,9 @@ from shared.types import DrafterRebuild, PauseMode
 SLICE_S = 0.03
 """Generation waits for so long between two steps while weights are made ready beside it."""
 SLICE_SHARE = 0.1
-"""Or for this share of the time that this has taken so far, if that is longer."""
+"""Or, for the drafter, for this share of the time that it has taken so far, if that is longer."""
+AHEAD_LIMIT_S = 20.0
+"""After this the rest is left for the pause: well below ``weights.stage_timeout_s``."""
 MIB = 1 << 20
 AUDIT_MODULES_PER_CALL = 2
 """Generation stands still for so many at a time."""
@@ -62,12 +65,15 @@ class WeightLoading:
         return time.perf_counter() - started
 
     async def _load_ahead(self, llm: Any, version: int, changed: list[str] | None) -> None:
-        """Do what can be done before the pause; a load in which nothing is ready is as good."""
+        """Do what can be done before the pause; a load in which nothing is ready is as good.
+
+        Inside a pause (going back to the version before) there is nothing to win.
+        """
         limit_bytes = self._spec.engine.load_ahead_mib * MIB
-        if limit_bytes:
+        if limit_bytes and not self.window.is_open:
             arguments = (version, changed, limit_bytes)
             await llm.collective_rpc("slipstream_begin_ahead", args=arguments)
-            await _between_steps(llm, "slipstream_ahead")
+            await _between_steps(llm, "slipstream_ahead", share=0.0, limit_s=AHEAD_LIMIT_S)
 
     async def stage_initial(self, llm: Any) -> float:
         """Stage the model directory the engine started from, as version 0. Seconds.
@@ -205,16 +211,24 @@ class WeightLoading:
             ) from exc
 
 
-async def _between_steps(llm: Any, method: str) -> float:
+async def _between_steps(
+    llm: Any, method: str, *, share: float = SLICE_SHARE, limit_s: float = math.inf
+) -> float:
     """Call a method of every rank with seconds to spend until all say that they are done.
+
+    Args:
+        share: slices are as long as this share of the time so far, if that is longer. However long
+            steps are, the number of calls then grows with the logarithm of the work.
+        limit_s: after which no other call is made.
 
     Returns:
         Seconds of all of it, the steps in between included.
     """
     started_s = time.perf_counter()
-    budget_s = SLICE_S
-    while not all(await llm.collective_rpc(method, args=(budget_s,))):
-        # Steps are run before the next call is. However long they are, the number of calls grows
-        # with the logarithm of the work: the caller's time limit bounds all of it.
-        budget_s = max(SLICE_S, SLICE_SHARE * (time.perf_counter() - started_s))
-    return time.perf_counter() - started_s
+    elapsed_s = 0.0
+    is_done = False
+    while not is_done and elapsed_s < limit_s:
+        budget_s = max(SLICE_S, share * elapsed_s)
+        is_done = all(await llm.collective_rpc(method, args=(budget_s,)))
+        elapsed_s = time.perf_counter() - started_s
+    return elapsed_s

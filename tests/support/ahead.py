@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 from rollout_server.engine.vllm_plugin.worker_extension import SlipstreamWorkerExtension
 
 
 class AheadExtension(SlipstreamWorkerExtension):
     """Lets a test look, and lets vLLM fail in the middle."""
+
+    def hold_weakly(self) -> None:
+        """Without keeping it alive."""
+        assert self._slipstream_ahead is not None
+        self._held = weakref.ref(self._slipstream_ahead)
+        gc.disable()
+
+    def is_let_go(self) -> bool:
+        """Whether what was held is gone, though nobody has collected cycles."""
+        gc.enable()
+        return self._held() is None
 
     def ready_modules(self) -> list[str]:
         ahead = self._slipstream_ahead

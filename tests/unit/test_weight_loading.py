@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rollout_server.engine.arguments import EngineSpec
-from rollout_server.engine.weight_loading import SLICE_S, WeightLoading
+from rollout_server.engine.weight_loading import AHEAD_LIMIT_S, SLICE_S, WeightLoading
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig
 from shared.errors import WeightCommitError
@@ -187,6 +187,24 @@ async def test_what_changed_is_made_ready_before_the_pause() -> None:
     ]
 
 
+async def test_nothing_is_made_ready_inside_a_pause() -> None:
+    llm, weights = NotedLLM(), loading()
+    await stage(weights, llm, 1)
+    await weights.load(llm, 1, PauseMode.KEEP, False)
+    llm.calls.clear()
+    await stage(weights, llm, 2)
+    assert llm.calls == []
+
+
+async def test_what_takes_too_long_is_left_for_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, weights = BusyLLM(step_s=0.05, work_s=3600.0, method="slipstream_ahead"), loading()
+    monkeypatch.setattr("rollout_server.engine.weight_loading.time.perf_counter", lambda: llm.now_s)
+    assert AHEAD_LIMIT_S <= await stage(weights, llm, 1) < AHEAD_LIMIT_S + 1
+    assert set(llm.budgets_s) == {SLICE_S}, "no stop is longer than the others"
+    await weights.load(llm, 1, PauseMode.KEEP, False)
+    assert weights.version == 1
+
+
 async def test_nothing_is_where_that_is_not_wanted() -> None:
     llm, weights = NotedLLM(), loading(load_ahead_mib=0)
     await stage(weights, llm, 1)
@@ -197,14 +215,15 @@ class BusyLLM(NotedLLM):
     """Runs a step of ``step_s`` before each call, and needs ``work_s`` for a rebuild; a block of it
     at the least. Time is its own."""
 
-    def __init__(self, *, step_s: float, work_s: float) -> None:
+    def __init__(self, *, step_s: float, work_s: float, method: str = "slipstream_rebuild") -> None:
         super().__init__()
+        self._method = method
         self.now_s = 0.0
         self.budgets_s: list[float] = []
         self._step_s, self._left_s = step_s, work_s
 
     async def collective_rpc(self, name: str, args: tuple[Any, ...] = ()) -> list[Any]:
-        if name != "slipstream_rebuild":
+        if name != self._method:
             return await super().collective_rpc(name, args)
         (budget_s,) = args
         self.budgets_s.append(budget_s)

@@ -13,8 +13,10 @@ module; ``get_layerwise_info`` and ``_place_kernel_tensors``, to end a reload th
 
 from __future__ import annotations
 
+import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -38,16 +40,22 @@ from rollout_server.engine.vllm_plugin.partial_load import (
 )
 from rollout_server.engine.vllm_plugin.reused_memory import reused_memory
 
+LOGGER = logging.getLogger(__name__)
+
 PACKED_WEIGHT = "cpu_linear"
 
 
 class LoadAhead:
-    """One version, from begin to end; dropping it costs nothing but the work.
+    """One version, from begin to end. ``close`` it, whether it has come to its end or not.
+
+    Nothing is ready of mixtures of experts, of models that rename their tensors, and of those with
+    multi-head latent attention, which computes more weights from what it loads.
 
     Args:
         path: its file.
         changed: checkpoint tensors that differ from what is loaded; None for all of them.
-        limit_bytes: of memory for what is ready; what does not fit is left for the pause.
+        limit_bytes: of memory for what is ready, by the size of the tensors in the file; what does
+            not fit is left for the pause.
     """
 
     def __init__(
@@ -64,15 +72,14 @@ class LoadAhead:
         self._model = model
         self._ready: list[tuple[TouchedModule, _State]] = []
         available = tensor_names(path)
-        touched = touched_modules(model, available if changed is None else changed, available)
-        self._work = iter(()) if touched is None else self._modules(path, touched, limit_bytes)
+        touched = None
+        if not vllm_config.model_config.use_mla:
+            touched = touched_modules(model, available if changed is None else changed, available)
+        self._work = self._modules(path, touched, limit_bytes)
 
     def advance(self, budget_s: float) -> bool:
-        """Go on for about ``budget_s``, a module at the least. True when it is done.
-
-        Raises:
-            Exception: vLLM's, of a module that cannot be loaded; all serve what they did before.
-        """
+        """Go on for about ``budget_s``, a module at the least. True when it is done, or when a
+        module could not be loaded: that one and those after it are left for the pause."""
         deadline_s = time.perf_counter() + budget_s
         # What is left over is taken by the next module, or by what the pause loads.
         memory = reused_memory(give_back=False)
@@ -83,6 +90,13 @@ class LoadAhead:
                     return False
         return True
 
+    def close(self) -> None:
+        """Let go of what is ready, of the file, and of the memory beside."""
+        self._work.close()
+        self._ready.clear()
+        with reused_memory():
+            pass  # gives back what is left over
+
     def take_place(self) -> frozenset[str]:
         """Serve what is ready from now on. Returns the checkpoint tensors this takes care of."""
         ready, self._ready = self._ready, []
@@ -90,7 +104,11 @@ class LoadAhead:
             state.put_into(part.module)
         return frozenset(name for part, _ in ready for name in part.tensor_names)
 
-    def _modules(self, path: str, touched: TouchedModules, limit_bytes: int) -> Iterator[None]:
+    def _modules(
+        self, path: str, touched: TouchedModules | None, limit_bytes: int
+    ) -> Generator[None, None, None]:
+        if touched is None:
+            return
         num_ranks = get_tensor_model_parallel_world_size()
         num_bytes = 0
         with OpenCheckpoint(path) as checkpoint:
@@ -103,23 +121,37 @@ class LoadAhead:
                 if num_bytes + size > limit_bytes:
                     continue
                 num_bytes += size
-                self._ready.append((part, self._load_beside(part.module, tensors)))
+                state = self._load_beside(part, tensors)
+                if state is None:
+                    return
+                self._ready.append((part, state))
                 yield
 
-    def _load_beside(self, module: Module, tensors: dict[str, torch.Tensor]) -> _State:
-        """What a module would be with these weights; it stays what it is."""
+    def _load_beside(self, part: TouchedModule, tensors: dict[str, torch.Tensor]) -> _State | None:
+        """What a module would be with these weights, None if it cannot be; it stays what it is."""
+        module = part.module
         before = _State.of(module)
+        after: _State | None = None
         try:
             initialize_layerwise_reload(module)
             self._model.load_weights(iter(tensors.items()))
             finalize_layerwise_processing(module, self._vllm_config.model_config)
-            return _State.of(module)
-        finally:
+            after = _State.of(module)
+        except Exception:
+            # vLLM raises anything, out of memory above all. The pause tries again; and of several
+            # ranks none may raise alone: vLLM would take a later answer for this one.
+            LOGGER.exception("version %d: %s is not loaded ahead", self.version, part.name)
+        try:
             info = get_layerwise_info(module)
             if info.can_load():  # it failed half-way
                 _place_kernel_tensors(module, info)
                 info.reset()
             before.put_into(module)
+        except Exception:
+            # The module may be a mixture, and nobody may be served by one.
+            LOGGER.exception("%s cannot be put back, the worker ends", part.name)
+            os._exit(1)
+        return after
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

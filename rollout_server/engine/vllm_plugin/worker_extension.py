@@ -59,7 +59,7 @@ class SlipstreamWorkerExtension:
             self._slipstream_staged = {}
         num_tensors = len(tensor_names(path))
         self._slipstream_staged[version] = path
-        self._slipstream_ahead = None
+        self._slipstream_drop_ahead()
         return num_tensors
 
     def slipstream_begin_ahead(
@@ -89,7 +89,12 @@ class SlipstreamWorkerExtension:
         """Forget a staged version."""
         getattr(self, "_slipstream_staged", {}).pop(version, None)
         if self._slipstream_ahead is not None and self._slipstream_ahead.version == version:
-            self._slipstream_ahead = None
+            self._slipstream_drop_ahead()
+
+    def _slipstream_drop_ahead(self) -> None:
+        ahead, self._slipstream_ahead = self._slipstream_ahead, None
+        if ahead is not None:
+            ahead.close()
 
     def slipstream_load(self, version: int, changed: list[str] | None = None) -> float:
         """Replace the target's weights; the drafter stays as it is. Generation must be paused.
@@ -107,11 +112,12 @@ class SlipstreamWorkerExtension:
         model = self.model_runner.get_model()
         started = time.perf_counter()
         self._slipstream_rebuilding = None
-        ahead, self._slipstream_ahead = self._slipstream_ahead, None
         with set_current_vllm_config(self.vllm_config), torch.no_grad(), reused_memory():
             loaded: frozenset[str] = frozenset()
+            ahead = self._slipstream_ahead
             if ahead is not None and ahead.version == version:
                 loaded = ahead.take_place()
+            self._slipstream_drop_ahead()
             load_target(model, path, changed, self.vllm_config.model_config, loaded)
         torch.accelerator.synchronize()
         self._slipstream_loaded_path = path
@@ -193,7 +199,8 @@ def load_target(
         loaded: tensors whose modules have them already, all of each.
     """
     available = tensor_names(path)
-    wanted = changed
+    # Multi-head latent attention computes more weights when all of a model is loaded.
+    wanted = None if model_config.use_mla else changed
     if loaded:
         wanted = sorted(set(available if changed is None else changed).difference(loaded))
     touched = None if wanted is None else touched_modules(model, wanted, available)
