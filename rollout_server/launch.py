@@ -43,8 +43,7 @@ logger = logging.getLogger(__name__)
 @asynccontextmanager
 async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutService, str]]:
     """Everything but HTTP. Yields the service and the Ray address; stops it all on exit."""
-    for name in sweep_stale_segments(config.weights.directory):
-        logger.info("removed the weight segment %s of a process that is gone", name)
+    _sweep_segments(config)
     configure_tracing(config.tracing)
     device = resolve_device(config.engine.device)
     model = read_model_info(config)
@@ -52,6 +51,8 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
         config.model.path, trust_remote_code=config.model.trust_remote_code
     )
     async with contextlib.AsyncExitStack() as stack:
+        # Once more in the end: a trainer that died in a push may be the last there was.
+        stack.callback(_sweep_segments, config)
         stack.callback(close_tracing)
         ledger = CommitLedger(config.weights_state_dir)
         stack.callback(ledger.close)
@@ -136,6 +137,11 @@ async def serve(config: RunConfig, api_keys: ApiKeys) -> None:
     finally:
         listener.close()
         ready_file.unlink(missing_ok=True)
+
+
+def _sweep_segments(config: RunConfig) -> None:
+    for name in sweep_stale_segments(config.weights.directory):
+        logger.info("removed the weight segment %s of a process that is gone", name)
 
 
 def _local_host(host: str) -> str:

@@ -66,7 +66,10 @@ def run_kills(
         run.abandon()
         raise
     run.close()
-    run.counts.leftover_files = len(left_in_shared_memory(before))
+    left = left_in_shared_memory(before)
+    if left:
+        print(f"left in shared memory: {sorted(left)}", file=sys.stderr)
+    run.counts.leftover_files = len(left)
     total = earlier.plus(now)
     if state is not None:
         save(state, total, commit)
