@@ -1,8 +1,9 @@
 """What an engine's processes leave outside themselves, so that nothing stays when they are killed.
 
-vLLM's message queues live in ``/dev/shm/psm_*``, Python's semaphores in ``/dev/shm/sem.mp-*``, and
-Intel's OpenMP runtime registers every process in ``/dev/shm/__KMP_REGISTERED_LIB_<pid>_*``; all of
-them stay behind after a SIGKILL.
+vLLM's message queues live in ``/dev/shm/psm_*``, what tensor-parallel ranks on a CPU hand each
+other in ``/dev/shm/vllm_dist_*``, Python's semaphores in ``/dev/shm/sem.mp-*``, and Intel's OpenMP
+runtime registers every process in ``/dev/shm/__KMP_REGISTERED_LIB_<pid>_*``; all of them stay
+behind after a SIGKILL.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import psutil
 from shared.process_identity import boot_id, pid_namespace
 
 SHARED_MEMORY = Path("/dev/shm")
-MAPPED_PREFIXES = ("psm_", "sem.mp-")
+MAPPED_PREFIXES = ("psm_", "sem.mp-", "vllm_dist_")
 OPENMP_FILE = "__KMP_REGISTERED_LIB_{pid}_*"
 EXIT_TIMEOUT_S = 5.0
 
