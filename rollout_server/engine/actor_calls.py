@@ -82,6 +82,7 @@ class ActorCalls:
         try:
             return await self.call(reference, purpose, timeout_s)
         except BaseException as exc:
+            # Also when cancelled: half-loaded weights must not serve, whatever broke the call off.
             self.die(f"it failed {purpose}: {exc}")
             if isinstance(exc, SlipstreamError):
                 raise WeightCommitError(exc.message) from exc

@@ -75,20 +75,21 @@ async def until_standstill(
 ) -> str:
     """Watch until the engine stands still; the reason to give it up, in words. Else for ever.
 
+    The first look is after an interval: a load that is done by then is not disturbed by any.
+
     Args:
         look: raises ``EngineError`` where there is no answer.
     """
     last: Activity | None = None
     num_still = 0
     while num_still < limits.max_still:
+        await asyncio.sleep(limits.interval_s)
         now: Activity | None = None
         with contextlib.suppress(EngineError, TimeoutError):
             async with asyncio.timeout(limits.interval_s):
                 now = await look()
         num_still = num_still + 1 if is_still(last, now, limits.interval_s) else 0
         last = now
-        if num_still < limits.max_still:
-            await asyncio.sleep(limits.interval_s)
     return (
         f"none of its processes did anything, {num_still} times in a row (engine."
         f"max_status_timeouts) for {limits.interval_s:g} s (engine.status_timeout_s)"
