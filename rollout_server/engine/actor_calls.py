@@ -121,17 +121,12 @@ async def end_actor(actor: Any, footprint: Footprint | None) -> Footprint | None
         What may be left of it. A child that was killed is no longer seen, but was when it started.
     """
     with contextlib.suppress(RayError, TimeoutError):
-        latest: Footprint = await asyncio.wait_for(
-            _awaited(actor.footprint.remote()), FOOTPRINT_TIMEOUT_S
-        )
+        async with asyncio.timeout(FOOTPRINT_TIMEOUT_S):
+            latest: Footprint = await actor.footprint.remote()
         footprint = merged(footprint, latest)
-        await asyncio.wait_for(_awaited(actor.shutdown.remote()), SHUTDOWN_TIMEOUT_S)
+        async with asyncio.timeout(SHUTDOWN_TIMEOUT_S):
+            await actor.shutdown.remote()
         # On its own host, which may not be ours: what follows is a kill.
-        await asyncio.wait_for(
-            _awaited(actor.__ray_call__.remote(remove_own_traces)), FOOTPRINT_TIMEOUT_S
-        )
+        async with asyncio.timeout(FOOTPRINT_TIMEOUT_S):
+            await actor.__ray_call__.remote(remove_own_traces)
     return footprint
-
-
-async def _awaited(reference: Awaitable[Any]) -> Any:
-    return await reference

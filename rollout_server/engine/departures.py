@@ -36,7 +36,8 @@ class Departures:
         deadline = asyncio.get_running_loop().time() + within_s
         while (left_s := deadline - asyncio.get_running_loop().time()) > 0:
             try:
-                status = await asyncio.wait_for(handle.status(), left_s)
+                async with asyncio.timeout(left_s):
+                    status = await handle.status()
             except (EngineDeadError, TimeoutError):
                 break
             except SlipstreamError as exc:  # one slow answer does not make it idle

@@ -174,13 +174,9 @@ class RayEnginePool:
             self._reconciler.cancel()
             await asyncio.gather(self._reconciler, return_exceptions=True)
         await self._tasks.cancel()
-        await asyncio.gather(
-            *(
-                self._departures.stop(handle, "server is shutting down")
-                for handle in [*self._handles, *(self._departures.ending - {*self._handles})]
-            ),
-            return_exceptions=True,
-        )
+        engines = [*self._handles, *(self._departures.ending - {*self._handles})]
+        stops = (self._departures.stop(handle, "server is shutting down") for handle in engines)
+        await asyncio.gather(*stops, return_exceptions=True)
         self._handles.clear()
 
     def _named(self, pool: str | None) -> PoolRecord:
@@ -201,8 +197,10 @@ class RayEnginePool:
     async def _reconcile_forever(self) -> None:
         while True:
             self._reconcile()
+            # Not asyncio.wait_for: until Python 3.12 it swallows a cancellation at a wake-up.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), RECONCILE_INTERVAL_S)
+                async with asyncio.timeout(RECONCILE_INTERVAL_S):
+                    await self._wake.wait()
             self._wake.clear()
 
     def _reconcile(self) -> None:

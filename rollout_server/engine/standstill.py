@@ -33,9 +33,14 @@ class Activity:
 
 def activity_of(_actor: object) -> Activity:
     """Of everything below the calling process, the actor, which itself is not counted."""
+    return activity_below(psutil.Process())
+
+
+def activity_below(actor: psutil.Process) -> Activity:
+    """The same of another process."""
     cpu_s = 0.0
     waits_for_disk = False
-    for process in psutil.Process().children(recursive=True):
+    for process in actor.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
             cpu_s += times.user + times.system

@@ -256,6 +256,20 @@ async def test_no_id_is_ever_used_twice(tmp_path: Path) -> None:
         assert ids == [f"engine-{number}" for number in range(7)]
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_pool_that_is_woken_up_as_it_closes_still_closes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    monkeypatch.setattr("rollout_server.engine.pool.RECONCILE_INTERVAL_S", 60.0)
+    async with started(tmp_path) as world:
+        await world.settle()  # nothing is left to do but to wait
+        world.pool._wake.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await world.pool.close()
+
+
 async def test_a_change_of_the_count_is_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

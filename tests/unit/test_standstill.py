@@ -7,15 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import pytest
 
 from rollout_server.engine.actor_calls import ActorCalls
 from rollout_server.engine.standstill import (
     Activity,
     StandstillLimits,
+    activity_below,
     activity_of,
     is_still,
     until_standstill,
@@ -117,26 +120,38 @@ async def test_a_call_that_takes_too_long_ends_the_engine_whatever_it_does() -> 
 
 
 @pytest.fixture
-def child() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of ours that computes."""
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    yield process
-    process.kill()
+def parent() -> Iterator[psutil.Process]:
+    """A process of ours with a child that computes. Not this one: engines of other tests may be
+    below it."""
+    busy = f"{sys.executable} -c 'while True: pass'"
+    process = subprocess.Popen(["sh", "-c", f"{busy} & wait"], start_new_session=True)
+    yield psutil.Process(process.pid)
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-async def test_a_stopped_process_does_nothing(child: subprocess.Popen[bytes]) -> None:
+async def test_a_stopped_process_does_nothing(parent: psutil.Process) -> None:
     async def cpu_s_after(seconds: float) -> float:
-        before = activity_of(None)
+        before = activity_below(parent)
         await asyncio.sleep(seconds)
-        return activity_of(None).cpu_s - before.cpu_s
+        return activity_below(parent).cpu_s - before.cpu_s
 
-    while await cpu_s_after(0.1) == 0:
-        pass  # it has not begun
-    os.kill(child.pid, signal.SIGSTOP)
+    async def until_it_computes() -> None:
+        async with asyncio.timeout(LONG_S):
+            while await cpu_s_after(0.1) == 0:
+                pass
+
+    await until_it_computes()
+    (child,) = parent.children()
+    child.suspend()
     await cpu_s_after(0.1)
     assert await cpu_s_after(0.3) == 0
-    os.kill(child.pid, signal.SIGCONT)
-    async with asyncio.timeout(LONG_S):
-        while await cpu_s_after(0.1) == 0:
-            pass
+    child.resume()
+    await until_it_computes()
+
+
+def test_what_an_actor_says_of_itself_is_of_its_children(parent: psutil.Process) -> None:
+    deadline_s = time.monotonic() + LONG_S
+    while activity_of(None).cpu_s == 0 and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert activity_of(None).cpu_s > 0
