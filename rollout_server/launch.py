@@ -17,7 +17,7 @@ from rollout_server.engine.cluster import (
     leave_cluster,
     start_or_join_cluster,
 )
-from rollout_server.engine.footprint_record import sweep_dead_engines
+from rollout_server.engine.host_sweep import sweep_host
 from rollout_server.engine.pool import RayEnginePool
 from rollout_server.http_server import http_server, serve_quietly, until_listening
 from rollout_server.listener import bound_socket, share_with_successors
@@ -61,9 +61,9 @@ async def running_service(config: RunConfig) -> AsyncIterator[tuple[RolloutServi
         )
         rollout_ledger = await _open_rollout_ledger(config)
         stack.push_async_callback(rollout_ledger.close)
-        await asyncio.to_thread(sweep_dead_engines)
+        await asyncio.to_thread(sweep_host)
         # Once more after Ray has gone, and with it engines that were killed while they started.
-        stack.push_async_callback(asyncio.to_thread, sweep_dead_engines)
+        stack.push_async_callback(asyncio.to_thread, sweep_host)
         ray_address = start_or_join_cluster(config.ray)
         stack.callback(leave_cluster)
         files = await start_snapshot_files(config.weights)

@@ -20,7 +20,8 @@ from rollout_server.engine.calibration_key import calibration_key
 from rollout_server.engine.calibration_run import calibrate_itself
 from rollout_server.engine.facts import EngineFacts
 from rollout_server.engine.footprint import Footprint, own_footprint
-from rollout_server.engine.footprint_record import FootprintRecord, sweep_dead_engines
+from rollout_server.engine.footprint_record import FootprintRecord
+from rollout_server.engine.host_sweep import sweep_host
 from rollout_server.engine.outputs import (
     generate_timings,
     sampling_arguments,
@@ -36,6 +37,7 @@ from rollout_server.engine.protocol import (
     KnownTokens,
     SampleProgress,
 )
+from rollout_server.engine.scratch import ScratchDirectory
 from rollout_server.engine.vllm_metrics import MetricText, vllm_metrics
 from rollout_server.engine.weight_loading import WeightLoading
 from rollout_server.speculation.calibration import CalibrationKey, find_calibration
@@ -62,6 +64,7 @@ class EngineActor:
         self._llm: Any = None
         self._weights = WeightLoading(spec)
         self._record = FootprintRecord()
+        self._scratch = ScratchDirectory()
         self._arrivals = Arrivals()
 
     async def start(self) -> EngineFacts:
@@ -71,7 +74,7 @@ class EngineActor:
             EngineError: with vLLM's reason.
         """
         # Here as well as in the server: no server of ours may ever run on this node.
-        await asyncio.to_thread(sweep_dead_engines)
+        await asyncio.to_thread(sweep_host)
         self._record.write()  # before vLLM is imported, and OpenMP with it
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -79,7 +82,7 @@ class EngineActor:
         started = time.perf_counter()
         try:
             arguments = AsyncEngineArgs(**vllm_arguments(self._spec))
-            with self._record.kept_up():
+            with self._record.kept_up(), self._scratch.of_child_processes():
                 # Building blocks for seconds: off the event loop: the actor stays reachable.
                 self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
             await self._core("slipstream_set_weight_versions", 0, 0)
@@ -112,8 +115,7 @@ class EngineActor:
             request = GenerateRequest(
                 request_id=f"warm-up-{n}", prompt_token_ids=[0], n=n, sampling=sampling
             )
-            async for _ in self._outputs(request, streaming=False):
-                pass
+            await self.generate(request)
 
     async def _calibrate(self, scheme: DrafterScheme) -> None:
         """Give the scheduler the cost model of this very combination, measured here if need be."""
@@ -198,17 +200,15 @@ class EngineActor:
 
         kind = RequestOutputKind.DELTA if streaming else RequestOutputKind.FINAL_ONLY
         try:
-            parameters = SamplingParams(
-                **sampling_arguments(request.sampling, request.n), output_kind=kind
-            )
+            arguments = sampling_arguments(request.sampling, request.n)
+            parameters = SamplingParams(**arguments, output_kind=kind)
             name, prompt = request.request_id, {"prompt_token_ids": request.prompt_token_ids}
             outputs = self._llm.generate(prompt, parameters, name)
             async for output in self._arrivals.follow(name, outputs):
                 yield output
         except VllmEngineDeadError as exc:
             raise EngineDeadError(f"engine {self._spec.engine_id} died: {exc}") from exc
-        except ValueError as exc:
-            # vLLM's own validation, for what ours does not know.
+        except ValueError as exc:  # vLLM's own validation, for what ours does not know
             raise InvalidRequestError(str(exc)) from exc
 
     async def progress(self, known: Mapping[str, KnownTokens]) -> dict[str, list[SampleProgress]]:
@@ -222,8 +222,7 @@ class EngineActor:
 
     async def load(self) -> dict[str, Any]:
         """Load and counters, straight from the engine core."""
-        load: dict[str, Any] = await self._core("slipstream_load")
-        return load
+        return await self._core("slipstream_load")
 
     async def speculation(self, since_step: int) -> EngineSpeculation:
         report = await self._core("slipstream_speculation", since_step)
@@ -288,6 +287,7 @@ class EngineActor:
             # On the event loop: vLLM cancels its output handler, which lives there, first.
             self._llm.shutdown()
             self._llm = None
+        self._scratch.remove()
         self._record.remove()
 
     async def _core(self, method: str, *args: Any) -> Any:

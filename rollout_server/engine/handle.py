@@ -15,7 +15,7 @@ from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.cluster import RayEngineHost
 from rollout_server.engine.facts import EngineFacts
 from rollout_server.engine.footprint import Footprint, remove_footprint
-from rollout_server.engine.footprint_record import sweep_dead_engines
+from rollout_server.engine.host_sweep import sweep_host
 from rollout_server.engine.operator_pause import OperatorPause
 from rollout_server.engine.protocol import (
     GenerateDelta,
@@ -282,7 +282,7 @@ class RayEngineHandle:
         self.host.remove()
         if self._footprint is not None:
             await asyncio.to_thread(remove_footprint, self._footprint)
-        await asyncio.to_thread(sweep_dead_engines)
+        await asyncio.to_thread(sweep_host)
 
     def _check_alive(self) -> None:
         self._calls.check_alive()

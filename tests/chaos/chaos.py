@@ -26,7 +26,7 @@ from tests.chaos.records import plain
 from tests.chaos.schedule import LOCAL_VICTIMS, Victim, schedule
 from tests.chaos.tally import Tally, load, save
 from tests.support.cluster_nodes import ClusterNodes
-from tests.support.server_process import left_in_shared_memory, shared_memory_files
+from tests.support.server_process import engine_files, left_by_engines
 
 PARTS = ("fakes", "processes", "nodes")
 STATE_DIRECTORY = Path(".cache/chaos")
@@ -54,7 +54,7 @@ def run_kills(
     num_done = earlier.kills.kills.total()
     if num_done >= num_kills:
         return earlier
-    before = shared_memory_files()
+    before = engine_files()
     run = EngineKillRun(directory, seed + num_done, nodes)
     now = Tally(kills=run.counts, samples=run.clients.counts)
     try:
@@ -66,7 +66,7 @@ def run_kills(
         run.abandon()
         raise
     run.close()
-    left = left_in_shared_memory(before)
+    left = left_by_engines(before)
     if left:
         print(f"left in shared memory: {sorted(left)}", file=sys.stderr)
     run.counts.leftover_files = len(left)

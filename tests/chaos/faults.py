@@ -18,7 +18,7 @@ from shared.weights import sweep_stale_segments
 from tests.chaos.bad_push_run import BadPushCounts, run_bad_pushes
 from tests.chaos.records import added, load_records, restored, save_records
 from tests.chaos.weight_kills import VICTIMS, Counts, KillRun
-from tests.support.server_process import SHARED_MEMORY, left_in_shared_memory, shared_memory_files
+from tests.support.server_process import SHARED_MEMORY, engine_files, left_by_engines
 
 STATE = Path(".cache/chaos/weight_faults.json")
 
@@ -35,7 +35,7 @@ def run_kills(
     commit = str(circumstances()["commit"])
     saved = {} if state is None else load_records(state, commit)
     total = earlier = restored(Counts, saved["kills"]) if saved else Counts()
-    before = shared_memory_files()
+    before = engine_files()
     run = KillRun(directory, seed=seed + earlier.kills.total())
     try:
         while todo := [victim for victim in VICTIMS if total.kills_inside[victim] < num_rounds]:
@@ -49,7 +49,7 @@ def run_kills(
         raise
     run.close()
     sweep_stale_segments(SHARED_MEMORY)  # as the next trainer or server does
-    return total, len(left_in_shared_memory(before))
+    return total, len(left_by_engines(before))
 
 
 def table(bad: BadPushCounts, kills: Counts, leftovers: int) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rollout_server.engine.footprint_record import sweep_dead_engines
+from rollout_server.engine.host_sweep import sweep_host
 from tests.support.models import make_model
 from tests.support.server_process import (
     RAY_AGENTS,
     START_TIMEOUT_S,
-    left_in_shared_memory,
-    shared_memory_files,
+    engine_files,
+    left_by_engines,
     wait_until,
 )
 
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_the_next_start_on_the_host_removes_what_the_unknown_engine_left(tmp_path: Path) -> None:
-    before = shared_memory_files()
+    before = engine_files()
     model = make_model(tmp_path / "model", seed=11)
     config = tmp_path / "config.yaml"
     settings = {
@@ -61,16 +61,16 @@ def test_the_next_start_on_the_host_removes_what_the_unknown_engine_left(tmp_pat
         server.wait(30)
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
-    assert left_in_shared_memory(before), "there was nothing to remove: the test shows nothing"
-    sweep_dead_engines()
-    assert left_in_shared_memory(before) == set()
+    assert left_by_engines(before), "there was nothing to remove: the test shows nothing"
+    sweep_host()
+    assert left_by_engines(before) == set()
 
 
 def registered(server_pid: int) -> set[str]:
     """OpenMP's files of processes below the server."""
     below = {process.pid for process in psutil.Process(server_pid).children(recursive=True)}
     found = set()
-    for name in shared_memory_files():
+    for name in engine_files():
         owner = re.fullmatch(r"__KMP_REGISTERED_LIB_([0-9]+)_[0-9]+", name)
         if owner is not None and int(owner[1]) in below:
             found.add(name)

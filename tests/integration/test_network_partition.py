@@ -32,8 +32,8 @@ from tests.support.rollout_checks import (
 from tests.support.server_process import (
     START_TIMEOUT_S,
     STOP_TIMEOUT_S,
-    left_in_shared_memory,
-    shared_memory_files,
+    engine_files,
+    left_by_engines,
     wait_until,
 )
 
@@ -210,10 +210,10 @@ def test_a_cut_engine_is_replaced_and_what_it_says_after_healing_is_for_nobody(
     service.stop()
     for host in (service.near, service.far):
         wait_until(lambda host=host: engine_processes(host) == [], 30, f"engines on {host.name}")
-        assert engine_files(host) == set()
+        assert engine_files_of(host) == set()
 
 
-def engine_files(host: Host) -> set[str]:
+def engine_files_of(host: Host) -> set[str]:
     """What engines leave, among what Ray has in the host's shared memory."""
     marks = ("psm_", "sem.mp-", "__KMP_REGISTERED_LIB_", "slipstream")
     return {name for name in host.shared_memory() if name.startswith(marks)}
@@ -223,7 +223,7 @@ def test_nothing_of_the_hosts_stays(tmp_path: Path) -> None:
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    names, files = network_names(), shared_memory_files()
+    names, files = network_names(), engine_files()
     with two_hosts(tmp_path) as (near, far, cable):
         sleep = far.run(["sleep", "300"], tmp_path / "log", dict(os.environ))
         wait_until(lambda: [p.name() for p in far.processes()] == ["sleep"], 30, "a process")
@@ -238,7 +238,7 @@ def test_nothing_of_the_hosts_stays(tmp_path: Path) -> None:
             cable.join()
             assert reaches(near, address)
     assert network_names() == names
-    assert left_in_shared_memory(files) == set()
+    assert left_by_engines(files) == set()
     assert not inside.is_running()
     assert sleep.poll() not in (None, 0)
 

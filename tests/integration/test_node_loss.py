@@ -24,8 +24,8 @@ from tests.support.rollout_checks import (
 from tests.support.server_process import (
     START_TIMEOUT_S,
     ServerProcess,
-    left_in_shared_memory,
-    shared_memory_files,
+    engine_files,
+    left_by_engines,
     wait_until,
 )
 
@@ -86,7 +86,7 @@ def post(server: ServerProcess, body: dict[str, Any]) -> dict[str, Any]:
 def test_a_killed_raylet_costs_no_rollout_and_its_engine_comes_back_on_another_node(
     nodes: ClusterNodes, tmp_path: Path
 ) -> None:
-    before = shared_memory_files()
+    before = engine_files()
     model = make_model(tmp_path / "model", seed=11)
     prompts = random_prompts(4, seed=4)
     server = ServerProcess(tmp_path, model, settings(nodes, model))
@@ -128,6 +128,6 @@ def test_a_killed_raylet_costs_no_rollout_and_its_engine_comes_back_on_another_n
         assert engines_of(again) == engines.keys()
         check_books(server.client.get("/metrics").text, len(prompts) * (1 + NUM_REPEATS + 4))
         server.stop()
-        assert left_in_shared_memory(before) == set(), "shared memory left behind"
+        assert left_by_engines(before) == set(), "shared memory left behind"
     finally:
         server.kill()

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.server_process import left_in_shared_memory, shared_memory_files
+from tests.support.server_process import engine_files, left_by_engines
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -72,7 +72,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_trains_pushes_reports_and_can_be_resumed(tmp_path: Path) -> None:
-    before = shared_memory_files()
+    before = engine_files()
     process = start(write_config(tmp_path))
     output, _ = process.communicate(timeout=RUN_TIMEOUT_S)
     assert process.returncode == 0, output[-3000:]
@@ -98,11 +98,11 @@ def test_a_run_trains_pushes_reports_and_can_be_resumed(tmp_path: Path) -> None:
     assert metrics(run)[-1]["weights/version"] > 2, "versions are never used twice"
     assert [line["lag/max"] for line in metrics(run) if line["step"] > 0] == [0, 0, 0, 1]
     assert sum(line["batch/num_stale"] for line in metrics(run) if line["step"] > 0) == 0
-    assert left_in_shared_memory(before) == set()
+    assert left_by_engines(before) == set()
 
 
 def test_control_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    before = shared_memory_files()
+    before = engine_files()
     process = start(write_config(tmp_path, num_steps=1000))
     run = tmp_path / "runs" / "short"
     deadline = time.monotonic() + RUN_TIMEOUT_S
@@ -116,5 +116,5 @@ def test_control_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert process.returncode == 130, output[-3000:]
     _, alive = psutil.wait_procs(family, timeout=15)
     assert alive == [], "processes left behind"
-    assert left_in_shared_memory(before) == set(), "shared memory left behind"
+    assert left_by_engines(before) == set(), "shared memory left behind"
     assert not (run / "server.json").exists()

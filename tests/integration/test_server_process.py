@@ -23,9 +23,9 @@ from tests.support.models import greedy_reference, make_model, random_prompts
 from tests.support.server_process import (
     START_TIMEOUT_S,
     STOP_TIMEOUT_S,
-    left_in_shared_memory,
+    engine_files,
+    left_by_engines,
     push_to,
-    shared_memory_files,
     wait_until,
 )
 
@@ -57,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "scoring": {"rewards": {"how_long": "tests.fakes.rewards:length"}},
     }
     config.write_text(json.dumps(settings))  # JSON is YAML
-    before = shared_memory_files()
+    before = engine_files()
     log = (directory / "server.log").open("w")
     process = subprocess.Popen(
         [sys.executable, "-m", "rollout_server", "--config", str(config)],
@@ -83,7 +83,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert process.wait(STOP_TIMEOUT_S) == 0
         _, alive = psutil.wait_procs(family, timeout=15)
         assert alive == [], "processes left behind"
-        assert left_in_shared_memory(before) == set(), "shared memory left behind"
+        assert left_by_engines(before) == set(), "shared memory left behind"
         assert not ready.exists()
     finally:
         if process.poll() is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.models import greedy_reference, make_model, random_prompts
-from tests.support.server_process import ServerProcess, left_in_shared_memory, shared_memory_files
+from tests.support.server_process import ServerProcess, engine_files, left_by_engines
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -15,7 +15,7 @@ PHASES = {"verifying", "staging", "loading", "recording", "resume"}
 
 
 def test_a_killed_server_comes_back_with_what_it_had_committed(tmp_path: Path) -> None:
-    before = shared_memory_files()
+    before = engine_files()
     model = make_model(tmp_path / "model", seed=11)
     new_model = make_model(tmp_path / "new", seed=99)
     prompts = random_prompts(4, seed=4)
@@ -45,6 +45,6 @@ def test_a_killed_server_comes_back_with_what_it_had_committed(tmp_path: Path) -
         assert server.publish(new_model, version=8, base_version=0).status_code == 409
     finally:
         server.stop()
-    assert left_in_shared_memory(before) == set(), "shared memory left behind"
+    assert left_by_engines(before) == set(), "shared memory left behind"
     kept = list((tmp_path / "served" / "weights").glob("*.safetensors"))
     assert [path.name for path in kept] == ["slipstream-kept-v7.safetensors"]

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import httpx
 import psutil
 from safetensors.torch import load_file
 
+from rollout_server.engine.scratch import NAME
 from shared.delta_writer import write_delta
 from shared.schemas.weights import WeightManifest
 from shared.segment_writer import TensorSpec, write_segment
@@ -40,13 +42,21 @@ def wait_until(condition: Callable[[], Any], timeout_s: float, what: str) -> Non
         time.sleep(0.2)
 
 
-def shared_memory_files() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.iterdir()}
+VLLM_TEMPORARY = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|vllm_dist_\w+")
+"""Sockets and rendezvous files (vLLM 0.32.0: ``vllm.utils.network_utils``)."""
 
 
-def left_in_shared_memory(before: set[str]) -> set[str]:
+def engine_files() -> set[str]:
+    """Names of what engines have outside themselves: shared memory, and temporary files."""
+    temporary = {path.name for path in Path(tempfile.gettempdir()).iterdir()}
+    return {path.name for path in SHARED_MEMORY.iterdir()} | {
+        name for name in temporary if VLLM_TEMPORARY.fullmatch(name) or NAME.fullmatch(name)
+    }
+
+
+def left_by_engines(before: set[str]) -> set[str]:
     """What is new and belongs to no process that lives: others may be at work on this machine."""
-    return {name for name in shared_memory_files() - before if not _has_living_owner(name)}
+    return {name for name in engine_files() - before if not _has_living_owner(name)}
 
 
 def _has_living_owner(name: str) -> bool:
