@@ -11,13 +11,11 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rollout_server.engine.arguments import EngineSpec, vllm_arguments
 from rollout_server.engine.arrivals import Arrivals
 from rollout_server.engine.calibration_key import calibration_key
-from rollout_server.engine.calibration_run import calibrate_itself
 from rollout_server.engine.facts import EngineFacts
 from rollout_server.engine.footprint import Footprint, own_footprint
 from rollout_server.engine.footprint_record import FootprintRecord
@@ -37,23 +35,23 @@ from rollout_server.engine.protocol import (
     KnownTokens,
     SampleProgress,
 )
+from rollout_server.engine.quick_start import rare_collections, spawning_lightly
 from rollout_server.engine.scratch import ScratchDirectory
+from rollout_server.engine.start_calibration import calibrate_at_start
 from rollout_server.engine.vllm_metrics import MetricText, vllm_metrics
 from rollout_server.engine.weight_loading import WeightLoading
-from rollout_server.speculation.calibration import CalibrationKey, find_calibration
+from rollout_server.speculation.calibration import CalibrationKey, SelfCalibration
 from rollout_server.speculation.cost_model import CostModel
 from rollout_server.speculation.steps import StepShape
 from shared.errors import EngineDeadError, EngineError, InvalidRequestError
 from shared.schemas.rollouts import SamplingOptions
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
-from shared.types import DrafterScheme, FinishReason, PauseMode, SpeculationMode
+from shared.types import DrafterScheme, FinishReason, PauseMode
 
 LOGGER = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 8
-SELF_CALIBRATED = "self"
-"""Name that reports give to a cost model the engine measured when it started."""
 
 
 class EngineActor:
@@ -76,20 +74,22 @@ class EngineActor:
         # Here as well as in the server: no server of ours may ever run on this node.
         await asyncio.to_thread(sweep_host)
         self._record.write()  # before vLLM is imported, and OpenMP with it
-        from vllm import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with rare_collections():
+            from vllm import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         started = time.perf_counter()
         try:
             arguments = AsyncEngineArgs(**vllm_arguments(self._spec))
-            with self._record.kept_up(), self._scratch.of_child_processes():
+            own = self._scratch.of_child_processes()
+            with self._record.kept_up(), own, spawning_lightly():
                 # Building blocks for seconds: off the event loop: the actor stays reachable.
                 self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
             await self._core("slipstream_set_weight_versions", 0, 0)
             await self._warm_up()
             drafters = await self._llm.collective_rpc("slipstream_drafter")
             scheme = DrafterScheme(drafters[0]["drafter_scheme"])
-            await self._calibrate(scheme)
+            calibration = await self._calibrate(scheme)
         except Exception as exc:
             # Boundary to vLLM: whatever stopped the start is reported as one error of ours.
             raise EngineError(f"engine {self._spec.engine_id} did not start: {exc}") from exc
@@ -103,6 +103,7 @@ class EngineActor:
             start_up_s=time.perf_counter() - started,
             drafter_scheme=scheme,
             drafter_bytes=sum(rank["drafter_bytes"] for rank in drafters),
+            self_calibration=calibration,
         )
 
     async def _warm_up(self) -> None:
@@ -117,27 +118,17 @@ class EngineActor:
             )
             await self.generate(request)
 
-    async def _calibrate(self, scheme: DrafterScheme) -> None:
-        """Give the scheduler the cost model of this very combination, measured here if need be."""
+    async def _calibrate(self, scheme: DrafterScheme) -> SelfCalibration | None:
         if not self._spec.drafter.enabled:
-            return
-        config = self._spec.speculation
-        place = None if config.calibration is None else Path(config.calibration)
-        calibration = find_calibration(self.calibration_key(scheme), place)
-        if calibration is not None:
-            await self.set_cost_model(calibration.cost_model, calibration.name)
-            LOGGER.info("engine %s: calibration %s", self._spec.engine_id, calibration.name)
-        elif config.mode is SpeculationMode.ADAPTIVE and config.self_calibration_s > 0:
-            model_config = self._llm.vllm_config.model_config
-            model = await calibrate_itself(
-                self,
-                self._spec,
-                vocab_size=int(model_config.get_vocab_size()),
-                max_model_len=int(model_config.max_model_len),
-                budget_s=config.self_calibration_s,
-            )
-            if model is not None:
-                await self.set_cost_model(model, SELF_CALIBRATED)
+            return None
+        model_config = self._llm.vllm_config.model_config
+        return await calibrate_at_start(
+            self,
+            self._spec,
+            self.calibration_key(scheme),
+            vocab_size=int(model_config.get_vocab_size()),
+            max_model_len=int(model_config.max_model_len),
+        )
 
     def calibration_key(self, scheme: DrafterScheme) -> CalibrationKey:
         """What this engine's step times depend on."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout_server.engine.vllm_plugin.settings import PluginSettings, to_additional_config
+from rollout_server.speculation.calibration import SelfCalibration
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.pools import DEFAULT_POOL
 from shared.config.speculation import SpeculationConfig
@@ -37,6 +38,8 @@ class EngineSpec:
     device: str
     """``cpu`` or ``cuda``, after ``auto`` is resolved."""
     pool: str = DEFAULT_POOL
+    calibrations: tuple[SelfCalibration, ...] = ()
+    """Measured by earlier engines of the pool; used by one that has no file and would measure."""
 
     @property
     def cpu_cores(self) -> str | None:

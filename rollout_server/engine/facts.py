@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rollout_server.speculation.calibration import SelfCalibration
 from shared.types import DrafterScheme
 
 
@@ -20,3 +21,5 @@ class EngineFacts:
     drafter_scheme: DrafterScheme
     """After ``auto`` is resolved on the engine's device; ``none`` without a drafter."""
     drafter_bytes: int
+    self_calibration: SelfCalibration | None = None
+    """What it measured itself, or was handed on to it."""

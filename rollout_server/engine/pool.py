@@ -243,6 +243,7 @@ class RayEnginePool:
             speculation=config.speculation,
             device=self._device,
             pool=pool.name,
+            calibrations=pool.calibrations,
         )
         handle = self._create_engine(spec)
         self._handles.append(handle)
@@ -271,7 +272,7 @@ class RayEnginePool:
             logger.exception("engine %s failed to start", handle.engine_id)
             handle.condemn(f"it did not start: {exc!r}")
         else:
-            self._pools[handle.spec.pool].restarts.served()
+            self._pools[handle.spec.pool].started(facts)
             logger.info(
                 "engine %s is serving after %.1f s: %d KV blocks of %d tokens, drafter %.1f MiB",
                 handle.engine_id,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from rollout_server.engine.facts import EngineFacts
 from rollout_server.engine.pool_plan import LIVE_STATES, Member, Wish
 from rollout_server.engine.restarts import RestartLimits, Restarts
+from rollout_server.speculation.calibration import SelfCalibration
 from shared.config.engine import EngineConfig
 from shared.config.pools import PoolConfig
 from shared.errors import InvalidRequestError
@@ -32,6 +34,18 @@ class PoolRecord:
         self.target_count = config.count
         self.restarts = Restarts(RestartLimits.of(engine))
         self._num_losses = 0
+        self._calibrations: dict[str, SelfCalibration] = {}
+
+    @property
+    def calibrations(self) -> tuple[SelfCalibration, ...]:
+        """What its engines have measured, for those that start next."""
+        return tuple(self._calibrations.values())
+
+    def started(self, facts: EngineFacts) -> None:
+        """An engine of it serves."""
+        self.restarts.served()
+        if (measured := facts.self_calibration) is not None:
+            self._calibrations.setdefault(measured.key.hash, measured)
 
     def ask_for(self, count: int) -> None:
         """Change the target.

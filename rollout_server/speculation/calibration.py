@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,14 @@ def read_calibration(path: Path) -> Calibration:
             f"{calibration.key_hash}: a measured key must not be edited; run slipstream calibrate"
         )
     return calibration
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfCalibration:
+    """What an engine measured at its start; its pool hands it on to those that start later."""
+
+    key: CalibrationKey
+    cost_model: CostModel
 
 
 def find_calibration(key: CalibrationKey, place: Path | None) -> Calibration | None:

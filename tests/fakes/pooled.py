@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.facts import EngineFacts
 from rollout_server.engine.footprint import Footprint
+from rollout_server.speculation.calibration import SelfCalibration
 from shared.errors import EngineError
 from shared.types import DrafterScheme, EngineState
 from tests.fakes.engine import FakeEngine
@@ -21,6 +22,7 @@ class FakePooledEngine(FakeEngine):
     start_error: Exception | None = None
     may_start: asyncio.Event = field(default_factory=asyncio.Event)
     footprint: Footprint | None = None
+    measured: SelfCalibration | None = None
     stop_s: float = 0.0
     stopped: list[str] = field(default_factory=list)
     """Reasons it was stopped for."""
@@ -38,6 +40,7 @@ class FakePooledEngine(FakeEngine):
             start_up_s=0.0,
             drafter_scheme=DrafterScheme.INT8,
             drafter_bytes=0,
+            self_calibration=self.measured,
         )
 
     def serve(self) -> None:
@@ -60,6 +63,8 @@ class FakeEngines:
         self.made: list[FakePooledEngine] = []
         self.start_errors: dict[str, EngineError] = {}
         """By pool: what engines made from now on fail to start with."""
+        self.measured: dict[str, SelfCalibration] = {}
+        """By pool: what engines made from now on measure of themselves."""
         self.stop_s = 0.0
         """How long engines made from now on take to stop."""
         self.held_pools: set[str] = set()
@@ -71,6 +76,7 @@ class FakeEngines:
             EngineState.STARTING,
             spec=spec,
             start_error=self.start_errors.get(spec.pool),
+            measured=self.measured.get(spec.pool),
             stop_s=self.stop_s,
         )
         if spec.pool not in self.held_pools:

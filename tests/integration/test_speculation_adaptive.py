@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from rollout_server.engine.actor import SELF_CALIBRATED, EngineActor
+from rollout_server.engine.actor import EngineActor
+from rollout_server.engine.start_calibration import SELF_CALIBRATED
 from rollout_server.speculation.replay import replay
 from rollout_server.speculation.trace import read_trace
 from shared.schemas.rollouts import SamplingOptions

@@ -13,6 +13,8 @@ import pytest
 
 from rollout_server.engine.pool import RayEnginePool
 from rollout_server.engine.protocol import EngineHandle, ModelInfo
+from rollout_server.speculation.calibration import SelfCalibration
+from rollout_server.speculation.cost_model import conservative_model
 from shared.config.loading import validate_run_config
 from shared.errors import EngineError, InvalidRequestError
 from shared.pool_types import RestartState
@@ -20,6 +22,7 @@ from shared.schemas.engines import EnginePoolStatus
 from shared.types import EngineState
 from tests.fakes.pooled import FakeEngines, FakePooledEngine
 from tests.fakes.service import until
+from tests.unit.test_calibration_files import key
 
 MODEL = ModelInfo(model_id="m", vocab_size=8, max_model_len=64)
 
@@ -254,6 +257,23 @@ async def test_no_id_is_ever_used_twice(tmp_path: Path) -> None:
             await until(lambda: len(world.serving()) == 2, "it to serve")
         ids = [engine.engine_id for engine in world.engines.made]
         assert ids == [f"engine-{number}" for number in range(7)]
+
+
+async def test_what_an_engine_measured_of_itself_is_given_to_those_of_its_pool_that_follow(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path, pools=[{"name": "a", "max_count": 2}, {"name": "b", "max_count": 2}])
+    measured = SelfCalibration(key=key(), cost_model=conservative_model())
+    world.engines.measured["a"] = measured
+    try:
+        await world.pool.start()
+        await world.pool.scale(2, "a")
+        await world.pool.scale(2, "b")
+        await until(lambda: len(world.serving()) == 4, "two engines more")
+        given = {pool: [e.spec.calibrations for e in world.engines.of(pool)] for pool in "ab"}
+        assert given == {"a": [(), (measured,)], "b": [(), ()]}
+    finally:
+        await world.pool.close()
 
 
 @pytest.mark.parametrize("turns", range(5))

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import os
 
+from rollout_server.engine.quick_start import collect_as_usual
+
 DISABLE_VARIABLE = "SLIPSTREAM_VLLM_PLUGIN"
 """Set to ``0`` to leave vLLM as it is (used by tests and by benchmarks of plain vLLM)."""
 
@@ -31,6 +33,7 @@ def register() -> None:
     Raises:
         RuntimeError: this vLLM is not the one the plugin was written for.
     """
+    collect_as_usual()  # what is large is imported
     if os.environ.get(DISABLE_VARIABLE) == "0":
         return
     import vllm
