@@ -5,7 +5,8 @@ disk. In each repeat a plain copy of all tensors, a full push to one engine, the
 made ready before the pause (``engine.load_ahead_mib``), a full push to two, and a push of what
 changed (one element in a hundred, in every tensor) to one take turns, while one sequence per engine
 is running. A push is timed from the first byte that the trainer's side writes
-to the coordinator's answer; ``paused`` is the longest time an engine stood still. Before a full
+to the coordinator's answer, and ``until_drafting`` to the end of the drafter's rebuild behind it,
+which the next side waits for; ``paused`` is the longest time an engine stood still. Before a full
 push every element changes: engines load what is new and nothing else.
 """
 
@@ -164,9 +165,13 @@ class Bench:
             path.unlink(missing_ok=True)
         finished = time.perf_counter()
         seconds = {"publish": published - started, **response.phases_s, "all": finished - started}
-        for part in ("pause_s", "load_s", "requantize_s", "resume_s", "paused_s"):
+        for part in ("pause_s", "load_s", "resume_s", "paused_s"):
             longest = max(getattr(timings, part) for timings in response.engines)
             seconds[part.removesuffix("_s")] = longest
+        await asyncio.gather(*(handle.drafter.ended() for handle in self.pool.members))
+        seconds["until_drafting"] = time.perf_counter() - started
+        rebuilt = [versions.requantize_s for versions in self.coordinator.status().engines]
+        seconds["requantize"] = max(took_s for took_s in rebuilt if took_s is not None)
         return {**seconds, "bytes": num_bytes}
 
     def _write(self, path: Path, only_changes: bool) -> WeightManifest:

@@ -16,6 +16,7 @@ from typing import Any
 from rollout_server.engine.arguments import EngineSpec, vllm_arguments
 from rollout_server.engine.arrivals import Arrivals
 from rollout_server.engine.calibration_key import calibration_key
+from rollout_server.engine.drafter_state import RebuiltDrafter
 from rollout_server.engine.facts import EngineFacts
 from rollout_server.engine.footprint import Footprint, own_footprint
 from rollout_server.engine.footprint_record import FootprintRecord
@@ -248,8 +249,8 @@ class EngineActor:
         """Generate again after ``load_weights``, or stay as an operator paused it; seconds."""
         return await self._weights.resume(self._running())
 
-    async def rebuild_drafter(self) -> float:
-        """After ``resume``: end the rebuild of the drafter between steps. Its seconds."""
+    async def rebuild_drafter(self) -> RebuiltDrafter:
+        """After ``resume``: end the rebuild of the drafter between steps."""
         return await self._weights.rebuild_drafter(self._running())
 
     async def pause_generation(self, mode: PauseMode) -> None:
@@ -270,7 +271,8 @@ class EngineActor:
         """``load_weights``, ``resume`` and ``rebuild_drafter``, for a single engine."""
         await self.load_weights(version, pause_mode, recompute_kv)
         timings = await self.resume()
-        return timings.model_copy(update={"requantize_s": await self.rebuild_drafter()})
+        drafter = await self.rebuild_drafter()
+        return timings.model_copy(update={"requantize_s": drafter.requantize_s})
 
     async def shutdown(self) -> None:
         """Stop vLLM's processes."""

@@ -13,6 +13,7 @@ import ray
 from rollout_server.engine.actor_calls import ActorCalls, end_actor
 from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.cluster import RayEngineHost
+from rollout_server.engine.drafter_state import DrafterState
 from rollout_server.engine.facts import EngineFacts
 from rollout_server.engine.footprint import Footprint, remove_footprint
 from rollout_server.engine.host_sweep import sweep_host
@@ -24,9 +25,9 @@ from rollout_server.engine.protocol import (
     KnownTokens,
     SampleProgress,
 )
-from rollout_server.engine.standstill import StandstillLimits, activity_of, until_standstill
 from rollout_server.engine.status import engine_status
 from rollout_server.engine.vllm_metrics import MetricText
+from rollout_server.engine.weight_calls import WeightCalls
 from shared.config.weights import WeightsConfig
 from shared.schemas.engines import EngineStatus
 from shared.schemas.speculation import EngineSpeculation, SpeculationPatch
@@ -49,16 +50,13 @@ class RayEngineHandle:
         self._actor: Any = None
         self._calls = ActorCalls(spec.engine_id)
         self._lifecycle = self._calls.lifecycle
-        self._weights = weights
+        self._weights = WeightCalls(spec, weights, self._calls, CONTROL_TIMEOUT_S)
         self._facts: EngineFacts | None = None
         self._footprint: Footprint | None = None
         self._node_id = ""
-        self._committed_version = 0
         self._pause = OperatorPause(
             spec.engine_id, self._lifecycle, weights.pause_timeout_s + weights.commit_timeout_s
         )
-        self._state_before_sync = EngineState.SERVING
-        self._stage_s: dict[int, float] = {}
         self._created_s = time.monotonic()
 
     @property
@@ -75,7 +73,11 @@ class RayEngineHandle:
 
     @property
     def committed_version(self) -> int:
-        return self._committed_version
+        return self._weights.committed_version
+
+    @property
+    def drafter(self) -> DrafterState:
+        return self._weights.drafter
 
     @property
     def node_id(self) -> str:
@@ -167,7 +169,7 @@ class RayEngineHandle:
             load,
             state=self.state,
             error=self.error,
-            committed_version=self._committed_version,
+            committed_version=self._weights.committed_version,
             node_id=self._node_id,
             uptime_s=time.monotonic() - self._created_s,
         )
@@ -188,57 +190,23 @@ class RayEngineHandle:
         return families
 
     async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
-        self._check_alive()
-        seconds: float = await self._call(
-            self._actor.stage.remote(version, path, manifest),
-            f"to stage version {version}",
-            self._weights.stage_timeout_s,
-        )
-        self._stage_s[version] = seconds
-        return seconds
-
-    async def discard(self, version: int) -> None:
-        self._stage_s.pop(version, None)
-        await self._control(self._actor.discard.remote(version), "to discard a staged version")
+        return await self._weights.stage(self._actor, version, path, manifest)
 
     async def stage_initial(self) -> float:
-        self._check_alive()
-        seconds: float = await self._call(
-            self._actor.stage_initial.remote(),
-            "to stage the model directory's weights",
-            self._weights.stage_timeout_s,
-        )
-        return seconds
+        return await self._weights.stage_initial(self._actor)
+
+    async def discard(self, version: int) -> None:
+        self._weights.forget_staged(version)
+        await self._control(self._actor.discard.remote(version), "to discard a staged version")
 
     async def load_weights(self, version: int) -> None:
-        self._check_alive()
-        # A joining engine loads before it ever serves; it has nothing to pause.
-        if self.state in (EngineState.SERVING, EngineState.PAUSED):
-            self._state_before_sync = self.state
-            self._lifecycle.move(EngineState.SYNCING)
-        await self._or_die(
-            self._actor.load_weights.remote(
-                version, self._weights.pause_mode, self._weights.recompute_kv
-            ),
-            f"to load version {version}",
-            self._weights.pause_timeout_s + self._weights.commit_timeout_s,
-        )
-        self._committed_version = version
+        await self._weights.load(self._actor, version)
 
     async def resume(self) -> EngineCommitTimings:
-        self._check_alive()
-        timings: EngineCommitTimings = await self._or_die(
-            self._actor.resume.remote(), "to resume", self._weights.commit_timeout_s
-        )
-        if self.state is EngineState.SYNCING:
-            self._lifecycle.move(self._state_before_sync)
-        requantize_s: float = await self._or_die(
-            self._actor.rebuild_drafter.remote(),
-            "to rebuild its drafter (weights.commit_timeout_s)",
-            self._weights.commit_timeout_s,
-        )
-        stage_s = self._stage_s.pop(self._committed_version, 0.0)
-        return timings.model_copy(update={"stage_s": stage_s, "requantize_s": requantize_s})
+        return await self._weights.resume(self._actor)
+
+    async def audit(self, path: str) -> EngineAudit:
+        return await self._weights.audit(self._actor, path)
 
     async def pause_generation(self, mode: PauseMode) -> None:
         if not await self._pause.change(EngineState.PAUSED):
@@ -252,27 +220,8 @@ class RayEngineHandle:
         if await self._pause.change(EngineState.SERVING):
             await self._control(self._actor.resume_generation.remote(), "to resume generation")
 
-    async def audit(self, path: str) -> EngineAudit:
-        self._check_alive()
-        report: EngineAudit = await self._call(
-            self._actor.audit.remote(path),
-            "to compare its weights (weights.audit_timeout_s)",
-            self._weights.audit_timeout_s,
-        )
-        return report
-
     def condemn(self, reason: str) -> None:
         self._calls.die(reason)
-
-    async def _or_die(self, reference: Awaitable[Any], purpose: str, timeout_s: float) -> Any:
-        """A call of the commit window, in which no status tells whether the engine is alive."""
-        watch = until_standstill(
-            lambda: self._control(
-                self._actor.__ray_call__.remote(activity_of), "to look at itself"
-            ),
-            StandstillLimits.of(self.spec.engine),
-        )
-        return await self._calls.call_or_die(reference, purpose, timeout_s, watch)
 
     async def stop(self, reason: str) -> None:
         """Shut vLLM down, then the actor, then remove whatever of them is still there."""

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from rollout_server.engine.drafter_state import DrafterState
 from rollout_server.engine.vllm_metrics import MetricText
 from shared.schemas.engines import EnginePoolStatus, EngineStatus
 from shared.schemas.rollouts import SamplingOptions, WeightVersionSpan
@@ -131,6 +132,9 @@ class EngineHandle(Protocol):
         """Target version as of the last commit this handle saw."""
         ...
 
+    @property
+    def drafter(self) -> DrafterState: ...
+
     async def generate(self, request: GenerateRequest) -> GenerateResult: ...
 
     def generate_stream(self, request: GenerateRequest) -> AsyncIterator[GenerateDelta]: ...
@@ -170,8 +174,8 @@ class EngineHandle(Protocol):
         ...
 
     async def load_weights(self, version: int) -> None:
-        """Pause, load the target, requantize the drafter, set both versions. Stays paused
-        (SYNCING) until ``resume``; may be asked again meanwhile, for another staged version.
+        """Pause, load the target, set its version. Stays paused (SYNCING) until ``resume``; may be
+        asked again meanwhile, for another staged version.
 
         Raises:
             WeightCommitError: the engine is poisoned; its state is DEAD.
@@ -179,7 +183,8 @@ class EngineHandle(Protocol):
         ...
 
     async def resume(self) -> EngineCommitTimings:
-        """End of a push: generate again. Seconds of every part since the pause.
+        """End of a push: generate again. Seconds of every part since the pause. The drafter's
+        rebuild may follow (``drafter``); one that fails ends the engine.
 
         Raises:
             WeightCommitError: the engine is poisoned; its state is DEAD.

@@ -14,6 +14,7 @@ from typing import Any
 from rollout_server.drafter.lag import is_rebuild_due
 from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.commit_window import CommitWindow
+from rollout_server.engine.drafter_state import RebuiltDrafter
 from rollout_server.weights.expectation import (
     changed_tensors,
     check_against_model,
@@ -132,11 +133,12 @@ class WeightLoading:
                 f"engine {self._spec.engine_id} failed to load version {version}: {exc}"
             ) from exc
 
-    async def rebuild_drafter(self, llm: Any) -> float:
+    async def rebuild_drafter(self, llm: Any) -> RebuiltDrafter:
         """End the rebuild of the drafter, if one has begun, between the steps of what runs.
 
         Returns:
-            Seconds of the rebuild that belongs to the last load, wherever they were spent.
+            The drafter's version, and the seconds of the rebuild that belongs to the last load,
+            wherever they were spent.
 
         Raises:
             WeightCommitError: the drafter is a mixture; the engine must not be used again.
@@ -150,7 +152,7 @@ class WeightLoading:
                 f"engine {self._spec.engine_id} failed to rebuild its drafter for version "
                 f"{self.version}: {exc}"
             ) from exc
-        return self._requantize_s
+        return RebuiltDrafter(version=self.drafter_version, requantize_s=self._requantize_s)
 
     async def _rebuild(self, llm: Any) -> None:
         self._requantize_s = await _between_steps(llm, "slipstream_rebuild")

@@ -96,11 +96,11 @@ class WeightCoordinator:
             last_version_used=max(self._last_version_used, self.committed_version),
             push=self._push_status(),
             engines=[
-                # A commit sets both versions or poisons the engine, so they cannot differ here.
                 EngineVersions(
                     engine_id=engine.engine_id,
                     target_version=engine.committed_version,
-                    drafter_version=engine.committed_version,
+                    drafter_version=engine.drafter.version,
+                    requantize_s=engine.drafter.requantize_s,
                 )
                 for engine in self._pool.engines()
             ],

@@ -50,15 +50,17 @@ class EngineCommitTimings(WireModel):
     pause_s: float
     load_s: float
     """Target weights into place."""
-    requantize_s: float
-    """Drafter rebuilt from the same bytes."""
+    requantize_s: float | None
+    """Drafter rebuilt from the same bytes. None where that follows the push, between the steps of
+    what runs (``drafter.rebuild``): ``GET /v1/weights`` says when it is done."""
     resume_s: float
     paused_s: float
     """From asking for the pause to the end of the resume."""
 
 
 class PublishResponse(WireModel):
-    """Answer of a push: by then every serving engine is on ``version``."""
+    """Answer of a push: by then every serving engine is on ``version``. Their drafters may still
+    follow; until one has, its engine drafts nothing."""
 
     version: int
     verify_s: float
@@ -82,6 +84,10 @@ class EngineVersions(WireModel):
     engine_id: str
     target_version: int
     drafter_version: int
+    """The target's, unless the drafter's rebuild is under way, or not due
+    (``drafter.requantize_every``)."""
+    requantize_s: float | None = None
+    """Of the drafter's last rebuild. None while one is under way."""
 
 
 class WeightHistoryEntry(WireModel):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rollout_server.engine.background_rebuild import BackgroundRebuild
+from rollout_server.engine.drafter_state import RebuiltDrafter
 from rollout_server.engine.protocol import EngineHandle, EnginePool
 from rollout_server.weights.commit_ledger import CommitLedger
 from rollout_server.weights.coordinator import WeightCoordinator
@@ -63,11 +65,16 @@ class FakeEngine:
         self.commit_gate.set()
         self.staging = asyncio.Event()
         self.committing = asyncio.Event()
+        self.drafter = BackgroundRebuild()
+        self.rebuild_gate = asyncio.Event()
+        self.rebuild_gate.set()
+        """Clear it, and the drafter does not follow until it is set."""
         self._path = ""
         self.staged_paths: list[str] = []
 
     async def stage(self, version: int, path: str, manifest: WeightManifest) -> float:
         self.staging.set()
+        await self.drafter.ended()
         await self.stage_gate.wait()
         if isinstance(self.stage_error, EngineDeadError):
             self.state = EngineState.DEAD
@@ -106,15 +113,20 @@ class FakeEngine:
             raise self.resume_error
         self.is_paused = False
         self.served.append(self.committed_version)
+        self.drafter.begin(self._rebuild(self.committed_version))
         return EngineCommitTimings(
             engine_id=self.engine_id,
             stage_s=0.25,
             pause_s=0.0,
             load_s=0.0,
-            requantize_s=0.0,
+            requantize_s=None,
             resume_s=0.0,
             paused_s=0.0,
         )
+
+    async def _rebuild(self, version: int) -> RebuiltDrafter:
+        await self.rebuild_gate.wait()
+        return RebuiltDrafter(version=version, requantize_s=0.5)
 
     async def audit(self, path: str) -> EngineAudit:
         self.audited.append(path)

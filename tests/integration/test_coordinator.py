@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -58,6 +59,8 @@ async def test_status_tells_versions_and_a_bounded_history(start: StartWorld) ->
     await it.push(2, 1)
     with pytest.raises(ConflictError):
         await it.push(9, 5)
+    await it.first.drafter.ended()
+    await it.second.drafter.ended()
     status = it.coordinator.status()
     assert status.committed_version == 2
     assert [(e.engine_id, e.target_version, e.drafter_version) for e in status.engines] == [
@@ -66,6 +69,24 @@ async def test_status_tells_versions_and_a_bounded_history(start: StartWorld) ->
     ]
     assert [(entry.version, entry.committed) for entry in status.history] == [(2, True), (9, False)]
     assert "base_version 5" in (status.history[1].error or "")
+
+
+async def test_a_push_is_answered_before_the_drafters_have_followed(start: StartWorld) -> None:
+    it = start()
+    await it.push(1, 0)
+    await it.second.drafter.ended()
+    it.second.rebuild_gate.clear()
+    answer = await asyncio.wait_for(it.push(2, 1), 5)
+    assert [timings.requantize_s for timings in answer.engines] == [None, None]
+    await it.first.drafter.ended()
+    engines = it.coordinator.status().engines
+    assert [(e.target_version, e.drafter_version, e.requantize_s) for e in engines] == [
+        (2, 2, 0.5),
+        (2, 1, None),
+    ]
+    it.second.rebuild_gate.set()
+    await it.second.drafter.ended()
+    assert it.coordinator.status().engines[1].drafter_version == 2
 
 
 async def test_a_paused_engine_takes_part_and_others_do_not(start: StartWorld) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from rollout_server.engine.arguments import EngineSpec
+from rollout_server.engine.drafter_state import RebuiltDrafter
 from rollout_server.engine.weight_loading import AHEAD_LIMIT_S, SLICE_S, WeightLoading
 from shared.config.engine import DrafterConfig, EngineConfig, ModelConfig
 from shared.config.speculation import SpeculationConfig
@@ -103,9 +104,9 @@ async def test_generation_resumes_before_the_drafter_is_rebuilt() -> None:
     await load(weights, llm, 1)
     await weights.resume(llm)
     assert (weights.version, weights.drafter_version) == (1, 0)
-    seconds = await weights.rebuild_drafter(llm)
-    assert (weights.version, weights.drafter_version) == (1, 1)
-    assert seconds > 0
+    rebuilt = await weights.rebuild_drafter(llm)
+    assert (weights.version, weights.drafter_version, rebuilt.version) == (1, 1, 1)
+    assert rebuilt.requantize_s > 0
     assert llm.calls == [
         "pause",
         "load",
@@ -115,7 +116,7 @@ async def test_generation_resumes_before_the_drafter_is_rebuilt() -> None:
         *["slice"] * NUM_SLICES,
         ("set_weight_versions", 1, 1, False),
     ]
-    assert await weights.rebuild_drafter(llm) == seconds, "there is nothing more to rebuild"
+    assert await weights.rebuild_drafter(llm) == rebuilt, "there is nothing more to rebuild"
     assert len(llm.calls) == 9
 
 
@@ -124,7 +125,7 @@ async def test_in_the_pause_if_it_is_to_be_there() -> None:
     await load(weights, llm, 1)
     assert (weights.version, weights.drafter_version) == (1, 1)
     await weights.resume(llm)
-    assert await weights.rebuild_drafter(llm) > 0
+    assert (await weights.rebuild_drafter(llm)).requantize_s > 0
     assert llm.calls[3:] == [
         *["slice"] * NUM_SLICES,
         ("set_weight_versions", 1, 1, False),
@@ -135,7 +136,7 @@ async def test_in_the_pause_if_it_is_to_be_there() -> None:
 async def test_a_drafter_that_may_lag_is_left_alone_and_drafts_on() -> None:
     llm, weights = NotedLLM(), loading(requantize_every=2)
     await load(weights, llm, 1)
-    assert await weights.rebuild_drafter(llm) == 0.0
+    assert await weights.rebuild_drafter(llm) == RebuiltDrafter(version=0, requantize_s=0.0)
     assert llm.calls == ["pause", "load", ("set_weight_versions", 1, 0, False)]
 
 
@@ -239,7 +240,7 @@ async def test_long_steps_do_not_make_a_rebuild_endless(
     llm, weights = BusyLLM(step_s=step_s, work_s=6.0), loading()
     await load(weights, llm, 1)
     monkeypatch.setattr("rollout_server.engine.weight_loading.time.perf_counter", lambda: llm.now_s)
-    took_s = await weights.rebuild_drafter(llm)
+    took_s = (await weights.rebuild_drafter(llm)).requantize_s
     assert took_s == pytest.approx(llm.now_s)
     assert took_s < limit_s
     assert llm.budgets_s[0] == SLICE_S, "generation hardly waits for a small one"
