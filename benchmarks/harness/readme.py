@@ -132,8 +132,9 @@ WEIGHT_PHASES = (
     "loading",
     "recording",
     "resume",
-    "requantize",
     "all",
+    "requantize",
+    "until_drafting",
 )
 
 
@@ -152,6 +153,8 @@ def weights_table(document: dict[str, Any]) -> str:
     header = ["seconds", *WEIGHT_SIDES.values()]
     lines = [row(header), row([":---", *["---:"] * len(sides)])]
     for phase in WEIGHT_PHASES:
+        if phase not in sides[0]:
+            continue  # figures of before pushes were answered ahead of the drafter's rebuild
         lines.append(row([phase, *(f"{side[phase]:.3f}" for side in sides)]))
     return "\n".join(
         [
