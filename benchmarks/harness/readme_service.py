@@ -145,9 +145,15 @@ def chaos_training_table(document: dict[str, Any]) -> str:
             f"{result['reward_gap_calm_to_hit']:.3f} between a run and its disturbed twin, by "
             f"{result['reward_gap_between_seeds']:.3f} between undisturbed runs of two seeds. "
             f"{result['kills']} kills, in {result['share_of_steps_hit']:.0%} of the steps: useful "
-            f"time {result['useful_time_ratio']:.0%}. {circumstances(document)}",
+            f"time {result['useful_time_ratio']:.0%}{_of_steps(result)}. {circumstances(document)}",
         ]
     )
+
+
+def _of_steps(result: dict[str, Any]) -> str:
+    if "step_s" not in result:
+        return ""  # figures of before it was kept
+    return f" of steps of {result['step_s']:.1f} s, each kill costs {result['lost_s_per_kill']:.1f}"
 
 
 def fuzz_table(document: dict[str, Any]) -> str:
@@ -172,6 +178,7 @@ SERVICE_TABLES = {
     "scale": scale_table,
     "chaos": chaos_table,
     "chaos_training": chaos_training_table,
+    "chaos_training_128_prompts": chaos_training_table,
     "fuzz": fuzz_table,
 }
 

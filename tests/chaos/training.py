@@ -2,7 +2,8 @@
 
 ``make chaos-training``: the demo's training with two engines, over several seeds, each calm and
 with an engine killed in every tenth step, in turn. Ends with one line of JSON, keeps it in
-``benchmarks/results/chaos_training.json`` and draws the curves.
+``benchmarks/results/chaos_training.json`` and draws the curves. With other prompts per step than
+the demo's it is a measurement of its own, ``chaos_training_<prompts>_prompts.json``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ CONFIG = "deploy/configs/demo.yaml"
 PICTURE = ROOT / "docs" / "images" / "chaos-training.png"
 STEP_TIMEOUT_S = 300.0
 END_TIMEOUT_S = 120.0
+DEMO_PROMPTS = 32
+"""``trainer.prompts_per_step`` of ``CONFIG``."""
 HIT_EVERY = 10
 """Steps."""
 
@@ -37,7 +40,9 @@ HIT_EVERY = 10
 class TrainingRun:
     """One ``slipstream run``, as a user starts it."""
 
-    def __init__(self, directory: Path, name: str, seed: int, num_steps: int) -> None:
+    def __init__(
+        self, directory: Path, name: str, seed: int, num_steps: int, num_prompts: int
+    ) -> None:
         self._seed = seed
         self._num_steps = num_steps
         self._metrics = directory / name / "metrics.jsonl"
@@ -50,6 +55,7 @@ class TrainingRun:
             "engine.cpu_cores": ["0", "1"],
             "engine.restart_budget": 100,
             "trainer.num_steps": num_steps,
+            "trainer.prompts_per_step": num_prompts,
             "trainer.eval_every": 5,
             "trainer.checkpoint_every": 0,
         }
@@ -144,6 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--prompts-per-step", type=int, default=DEMO_PROMPTS)
     options = parser.parse_args()
     steps_to_hit = list(range(HIT_EVERY // 2, options.steps + 1, HIT_EVERY))
     calm: list[Curve] = []
@@ -151,7 +158,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="slipstream-chaos-training-") as place:
         for seed in options.seeds:
             for name, steps, curves in (("calm", [], calm), ("hit", steps_to_hit, hit)):
-                run = TrainingRun(Path(place), f"{name}-{seed}", seed, options.steps)
+                prompts = options.prompts_per_step
+                run = TrainingRun(Path(place), f"{name}-{seed}", seed, options.steps, prompts)
                 curves.append(run.follow(steps))
                 took_s = sum(curves[-1].durations_s)
                 print(
@@ -159,8 +167,12 @@ def main() -> int:
                     f"{curves[-1].accuracies[0][1]:.3f} to {curves[-1].final_accuracy:.3f}",
                     file=sys.stderr,
                 )
-    draw(calm, hit, PICTURE)
-    result = {"bench": "chaos_training", **comparison(calm, hit)}
+    name = "chaos_training"
+    if options.prompts_per_step == DEMO_PROMPTS:
+        draw(calm, hit, PICTURE)
+    else:
+        name += f"_{options.prompts_per_step}_prompts"
+    result = {"bench": name, **comparison(calm, hit)}
     raw = {
         name: [{"seed": c.seed, "rewards": c.rewards, "accuracies": c.accuracies,
                 "durations_s": c.durations_s, "steps_hit": c.steps_hit} for c in curves]

@@ -61,7 +61,8 @@ def comparison(calm: Sequence[Curve], hit: Sequence[Curve]) -> dict[str, Any]:
     """Is what kills do to the curves more than what another seed does?
 
     ``useful_time_ratio`` is the time that the same steps take when nothing dies, over the time that
-    they took.
+    they took. What a kill costs (``lost_s_per_kill``) is an engine's start and does not grow with
+    the steps, so that the ratio is one of steps as long as ``step_s``, the median of calm ones.
     """
     final = {
         "calm": [curve.final_accuracy for curve in calm],
@@ -70,6 +71,7 @@ def comparison(calm: Sequence[Curve], hit: Sequence[Curve]) -> dict[str, Any]:
     difference = statistics.mean(final["hit"]) - statistics.mean(final["calm"])
     error = math.sqrt(sum(statistics.variance(values) / len(values) for values in final.values()))
     num_hit = sum(len(curve.steps_hit) for curve in hit)
+    lost_s = _seconds(hit) - _seconds(calm)
     return {
         "seeds": [curve.seed for curve in calm],
         "final_accuracy": final,
@@ -80,6 +82,8 @@ def comparison(calm: Sequence[Curve], hit: Sequence[Curve]) -> dict[str, Any]:
         "reward_gap_calm_to_hit": _mean_gap(zip(calm, hit, strict=True)),
         "kills": num_hit,
         "share_of_steps_hit": round(num_hit / sum(len(c.durations_s) for c in hit), 3),
+        "step_s": round(statistics.median(s for c in calm for s in c.durations_s), 2),
+        "lost_s_per_kill": round(lost_s / num_hit, 2) if num_hit else None,
         "useful_time_ratio": round(_seconds(calm) / _seconds(hit), 3),
     }
 

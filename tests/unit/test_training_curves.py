@@ -66,4 +66,5 @@ def test_gaps_of_rewards_and_useful_time() -> None:
     assert result["reward_gap_between_seeds"] == 0.2
     assert result["reward_gap_calm_to_hit"] == 0.1
     assert result["useful_time_ratio"] == 0.8
+    assert (result["step_s"], result["lost_s_per_kill"]) == (2.0, 2.0)
     assert (result["kills"], result["share_of_steps_hit"]) == (2, 0.25)
