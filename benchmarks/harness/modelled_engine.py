@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
 
-from rollout_server.engine.drafter_state import RebuiltDrafter
+from rollout_server.engine.drafter_state import CurrentDrafter
 from rollout_server.engine.protocol import (
     GenerateDelta,
     GeneratedSample,
@@ -204,8 +204,8 @@ class ModelledEngine:
         return 0.0
 
     @property
-    def drafter(self) -> RebuiltDrafter:
-        return RebuiltDrafter(version=self.committed_version, requantize_s=0.0)
+    def drafter(self) -> CurrentDrafter:
+        return CurrentDrafter(version=self.committed_version, requantize_s=0.0)
 
     async def load_weights(self, version: int) -> None:
         self.committed_version = version

@@ -28,3 +28,14 @@ class DrafterState(Protocol):
     def requantize_s(self) -> float | None:
         """Of the last rebuild; None while one is under way."""
         ...
+
+    async def ended(self) -> None:
+        """Wait for a rebuild that is under way, whatever comes of it."""
+        ...
+
+
+class CurrentDrafter(RebuiltDrafter):
+    """Of an engine whose drafter is never behind."""
+
+    async def ended(self) -> None:
+        return

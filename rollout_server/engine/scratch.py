@@ -18,13 +18,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from shared.process_identity import pid_namespace, process_lives, process_start_ticks
+from shared.process_identity import boot_id, pid_namespace, process_lives, process_start_ticks
 
 LOGGER = logging.getLogger(__name__)
 
-NAME_PREFIX = "slipstream.engine."
+NAME_PREFIX = "slipstream."
+"""Short, for the sake of sockets."""
 NAME = re.compile(
-    r"slipstream\.engine\.(?P<pid>[0-9]+)\.(?P<start>[0-9]+)\.(?P<namespace>[0-9]+)\.\w+"
+    r"slipstream\.(?P<pid>[0-9]+)\.(?P<start>[0-9]+)\.(?P<namespace>[0-9]+)"
+    r"\.(?P<boot>\w+)\.\w+"
 )
 MAX_SOCKET_PATH = 107
 """Linux: ``sockaddr_un.sun_path``, less the zero at its end."""
@@ -50,7 +52,7 @@ class ScratchDirectory:
         PyTorch's compiled kernels stay where all engines find them.
         """
         pid = os.getpid()
-        owner = f"{pid}.{process_start_ticks(pid) or 0}.{pid_namespace()}"
+        owner = f"{pid}.{process_start_ticks(pid) or 0}.{pid_namespace()}.{boot_id()}"
         path = self._make(self._parent, owner)
         if len(str(path)) + SOCKET_NAME_LENGTH > MAX_SOCKET_PATH:
             path.rmdir()
@@ -86,12 +88,15 @@ class ScratchDirectory:
 
 
 def sweep_dead_scratch(parent: Path | None = None) -> list[str]:
-    """Remove those of this user's engines, of this pid namespace, that are dead; their names."""
+    """Remove those of this user's engines, of this host and pid namespace, that are dead; names."""
     parents = {Path(tempfile.gettempdir()), Path("/tmp")} if parent is None else {parent}
     removed = []
     for path in sorted(path for one in parents for path in one.glob(f"{NAME_PREFIX}*")):
         name = NAME.fullmatch(path.name)
-        if name is None or int(name["namespace"]) != pid_namespace() or not _is_own(path):
+        if name is None or not _is_own(path):
+            continue
+        # Hosts may share the directory, and containers: their pids say nothing here.
+        if (int(name["namespace"]), name["boot"]) != (pid_namespace(), boot_id()):
             continue
         if process_lives(int(name["pid"]), int(name["start"])):
             continue

@@ -81,10 +81,15 @@ class WeightCalls:
         )
         if self._calls.lifecycle.state is EngineState.SYNCING:
             self._calls.lifecycle.move(self._state_before_sync)
-        purpose = "to rebuild its drafter (weights.commit_timeout_s)"
-        self.drafter.begin(self._or_die(actor, actor.rebuild_drafter.remote(), purpose, timeout_s))
+        rebuild = self._or_die(
+            actor,
+            actor.rebuild_drafter.remote(),
+            "to rebuild its drafter (weights.rebuild_timeout_s)",
+            self._weights.rebuild_timeout_s,
+        )
+        self.drafter.begin(rebuild)
         if self._spec.drafter.rebuild is DrafterRebuild.IN_PAUSE:
-            await self.drafter.ended()  # it was: only its seconds are asked for
+            await self._drafter_rebuilt()  # it was: only its seconds are asked for
         return timings.model_copy(
             update={
                 "stage_s": self._stage_s.pop(self.committed_version, 0.0),

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 async def stage_on(
     handle: EngineHandle, snapshot: CommittedSnapshot, config: WeightsConfig, files: SnapshotFiles
 ) -> float:
-    """Stage, in at most ``weights.stage_timeout_s``. Seconds, as the engine measured them.
+    """Stage, in at most ``weights.stage_timeout_s`` from when the drafter has followed the push
+    before. Seconds, as the engine measured them.
 
     The snapshot was brought to where the engine is (``SnapshotFiles.bring``).
 
@@ -43,6 +44,7 @@ async def stage_on(
         EngineError: the engine failed, is dead or did not answer in time.
     """
     path = files.path_for(handle, snapshot.path)
+    await handle.drafter.ended()  # within weights.rebuild_timeout_s, or the engine is dead
     try:
         async with asyncio.timeout(config.stage_timeout_s):
             return await handle.stage(snapshot.version, path, snapshot.manifest)

@@ -46,6 +46,9 @@ class WeightsConfig(SettingsModel):
     """How long an engine may take to stand still."""
     commit_timeout_s: float = Field(default=60.0, gt=0)
     """How long an engine may take to load."""
+    rebuild_timeout_s: float = Field(default=300.0, gt=0)
+    """How long a drafter may take to follow a push, beside what runs; then its engine is replaced.
+    The next push waits for it."""
     lock_timeout_s: float = Field(default=120.0, ge=0)
     """How long a second push waits for the first; 0 refuses it at once."""
     audit_every: int = Field(default=0, ge=0)
@@ -78,12 +81,14 @@ class WeightsConfig(SettingsModel):
 
     @property
     def longest_push_s(self) -> float:
-        """Verifying and staging, pausing and loading, and at worst loading the version before."""
+        """Drafters that follow the push before, verifying and staging, pausing and loading, and at
+        worst loading the version before."""
         load_s = self.pause_timeout_s + self.commit_timeout_s
         spread_s = self.transfer_timeout_s + self.stage_timeout_s if self.spans_nodes else 0.0
         if self.transport is TransportKind.NCCL:
             spread_s += self.stage_timeout_s  # what was broadcast is verified first
-        return 3 * self.stage_timeout_s + spread_s + 2 * load_s + self.commit_timeout_s
+        work_s = 3 * self.stage_timeout_s + spread_s + 2 * load_s + self.commit_timeout_s
+        return self.rebuild_timeout_s + work_s
 
     @property
     def piece_bytes(self) -> int:

@@ -89,6 +89,22 @@ async def test_a_push_is_answered_before_the_drafters_have_followed(start: Start
     assert it.coordinator.status().engines[1].drafter_version == 2
 
 
+async def test_a_drafter_that_follows_slowly_takes_no_time_from_the_next_pushs_staging(
+    start: StartWorld,
+) -> None:
+    it = start(stage_timeout_s=0.5)
+    await it.push(1, 0)
+    await it.first.drafter.ended()
+    it.first.rebuild_gate.clear()
+    await it.push(2, 1)
+    push = asyncio.create_task(it.push(3, 2))
+    await asyncio.sleep(0.8)
+    assert not push.done()
+    it.first.rebuild_gate.set()
+    await asyncio.wait_for(push, 5)
+    assert it.versions() == [3, 3]
+
+
 async def test_a_paused_engine_takes_part_and_others_do_not(start: StartWorld) -> None:
     it = start()
     it.first.state = EngineState.PAUSED

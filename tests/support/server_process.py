@@ -61,7 +61,7 @@ def left_by_engines(before: set[str]) -> set[str]:
 
 def _has_living_owner(name: str) -> bool:
     """OpenMP's files and the records of engines carry their process's pid."""
-    owner = re.match(r"(?:__KMP_REGISTERED_LIB_|slipstream\.engine\.)([0-9]+)[._]", name)
+    owner = re.match(r"(?:__KMP_REGISTERED_LIB_|slipstream\.(?:engine\.)?)([0-9]+)[._]", name)
     return owner is not None and psutil.pid_exists(int(owner[1]))
 
 

@@ -80,6 +80,21 @@ async def test_one_that_is_rebuilt_in_the_pause_is_waited_for(
     assert (await asyncio.wait_for(resuming, LONG_S)).requantize_s == 0.5
 
 
+async def test_one_that_fails_in_the_pause_has_not_resumed(
+    handle: RayEngineHandle, actor: FakeActor
+) -> None:
+    drafter = handle.spec.drafter.model_copy(update={"rebuild": DrafterRebuild.IN_PAUSE})
+    object.__setattr__(handle.spec, "drafter", drafter)
+    await answered(handle.load_weights(5), actor, "load_weights", None)
+    resuming = asyncio.ensure_future(handle.resume())
+    await turns()
+    actor.methods["resume"].answers[0].set_result(TIMINGS)
+    await turns()
+    actor.methods["rebuild_drafter"].answers[0].set_exception(WeightCommitError("out of memory"))
+    with pytest.raises(EngineDeadError, match="out of memory"):
+        await asyncio.wait_for(resuming, LONG_S)
+
+
 CALLS: dict[str, Callable[[RayEngineHandle], Awaitable[Any]]] = {
     "stage": lambda handle: handle.stage(6, "/weights", None),  # type: ignore[arg-type]
     "stage_initial": lambda handle: handle.stage_initial(),

@@ -18,7 +18,7 @@ from rollout_server.engine.scratch import (
     ScratchDirectory,
     sweep_dead_scratch,
 )
-from shared.process_identity import pid_namespace, process_start_ticks
+from shared.process_identity import boot_id, pid_namespace, process_start_ticks
 
 WHERE = "import tempfile; print(tempfile.gettempdir())"
 
@@ -85,8 +85,8 @@ def dead_pid() -> int:
     return process.pid
 
 
-def made(parent: Path, pid: int, start: int, namespace: int) -> Path:
-    path = parent / f"{NAME_PREFIX}{pid}.{start}.{namespace}.a_1b"
+def made(parent: Path, pid: int, start: int, namespace: int, boot: str | None = None) -> Path:
+    path = parent / f"{NAME_PREFIX}{pid}.{start}.{namespace}.{boot or boot_id()}.a_1b"
     path.mkdir()
     (path / "socket").touch()
     return path
@@ -98,17 +98,19 @@ def test_what_a_dead_engine_had_is_removed_and_nothing_else(tmp_path: Path) -> N
     lives = made(tmp_path, os.getpid(), process_start_ticks(os.getpid()) or 0, here)
     earlier_of_our_pid = made(tmp_path, os.getpid(), 1, here)
     elsewhere = made(tmp_path, dead, 7, here + 1)
+    another_host = made(tmp_path, dead, 7, here, boot="0f0f0f0f")
     other = tmp_path / f"{NAME_PREFIX}notes"
     other.mkdir()
     treasure = tmp_path / "treasure"
     treasure.mkdir()
-    link = tmp_path / f"{NAME_PREFIX}{dead}.8.{here}.x"
+    link = tmp_path / f"{NAME_PREFIX}{dead}.8.{here}.{boot_id()}.x"
     link.symlink_to(treasure)
     assert sweep_dead_scratch(tmp_path) == sorted([gone.name, earlier_of_our_pid.name])
     assert not gone.exists()
     assert not earlier_of_our_pid.exists()
     assert lives.exists()
     assert elsewhere.exists()
+    assert another_host.exists()
     assert other.exists()
     assert treasure.exists()
 

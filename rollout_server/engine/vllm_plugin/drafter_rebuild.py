@@ -33,6 +33,7 @@ class DrafterRebuilding:
         self, proposer: SelfDraftProposer, target: Module, path: str, changed: list[str] | None
     ) -> None:
         self._blocks = rebuild_by_block(proposer, target, path, changed)
+        next(self._blocks)  # opens the file, which may lose its name before the first block
 
     def advance(self, vllm_config: Any, budget_s: float) -> bool:
         """Go on for about ``budget_s``, a block at the least. True when it is done."""
@@ -48,9 +49,11 @@ class DrafterRebuilding:
 def rebuild_by_block(
     proposer: SelfDraftProposer, target: Module, path: str, changed: list[str] | None
 ) -> Iterator[None]:
-    """From the target's parameters where they can be read, all at once, else from the file."""
+    """From the target's parameters where they can be read, all at once, else from the file. Yields
+    once when all is there that it needs, and again after every block."""
     touched = None if changed is None else touched_modules(target, changed, tensor_names(path))
     if proposer.device.type == "cuda" and not unreadable_layers(proposer.model, target):
+        yield
         pack_from_target(proposer.model, target, None if touched is None else touched.module_names)
         yield
         return
@@ -60,4 +63,5 @@ def rebuild_by_block(
         takes_shards = all(method.takes_single_shards() for method in methods)
         names = frozenset(changed) if takes_shards else touched.tensor_names
     with OpenCheckpoint(path) as checkpoint:
+        yield
         yield from requantize_by_block(proposer.model, checkpoint.read, names)
