@@ -135,7 +135,7 @@ def remove_engine(
     timeout_s: TimeoutOption = 10.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Stop an engine now; what it was doing is done again elsewhere."""
+    """Stop an engine now; what it was doing goes on elsewhere."""
     path = f"/v1/engines/{quote(engine_id, safe='')}?replace={str(replace).lower()}"
     with connect(url, timeout_s, api_key_file, ca_file) as client:
         show_engines(client.send("DELETE", path, None, EnginesResponse), as_json)

@@ -56,7 +56,7 @@ class ControlCalls(ABC):
         return self._connection.send(calls.drain_engine(engine_id, replace))
 
     def remove_engine(self, engine_id: str, *, replace: bool = True) -> EnginesResponse:
-        """Stop an engine now; its groups are generated again elsewhere. One attempt."""
+        """Stop an engine now; its groups go on elsewhere. One attempt."""
         return self._connection.send(calls.remove_engine(engine_id, replace))
 
     def pause(
@@ -110,7 +110,7 @@ class AsyncControlCalls(ABC):
         return await self._connection.send(calls.drain_engine(engine_id, replace))
 
     async def remove_engine(self, engine_id: str, *, replace: bool = True) -> EnginesResponse:
-        """Stop an engine now; its groups are generated again elsewhere. One attempt."""
+        """Stop an engine now; its groups go on elsewhere. One attempt."""
         return await self._connection.send(calls.remove_engine(engine_id, replace))
 
     async def pause(

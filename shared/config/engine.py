@@ -246,7 +246,8 @@ class DrafterConfig(SettingsModel):
     """Scheme ``int4``: False gives each group a zero point of its own."""
     requantize_every: int = Field(default=1, ge=1, le=1000)
     """Rebuild the drafter when it would be this many versions behind. 1: at every push. With more,
-    commits are shorter and samples keep their distribution; drafts may be accepted less often."""
+    it is rebuilt less often and samples keep their distribution; drafts may be accepted less
+    often."""
     rebuild: DrafterRebuild = DrafterRebuild.BETWEEN_STEPS
     """When the drafter is made anew after a push: ``between_steps`` lets generation go on, without
     drafts until it is done; ``in_pause`` makes the pause of a push longer."""

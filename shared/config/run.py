@@ -19,7 +19,8 @@ from shared.types import SpeculationMode
 
 
 class DemoModelConfig(SettingsModel):
-    """Creates ``model.path`` with ``slipstream make-model`` when the directory does not exist."""
+    """``slipstream run`` makes ``model.path`` of it when the directory does not exist; ``serve`` does
+    not."""
 
     preset: str = "tiny-arithmetic"
     """A shape that ``slipstream make-model`` knows."""

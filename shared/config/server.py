@@ -54,7 +54,8 @@ class ServerConfig(SettingsModel):
     """0 picks a free port."""
     api_keys_file: str | None = None
     """``NAME SCOPES KEY`` lines, readable by the owner only; see ``docs/security.md``. With it, or
-    with ``SLIPSTREAM_API_KEYS``, every route but ``/livez`` and ``/readyz`` asks for a key."""
+    with ``SLIPSTREAM_API_KEYS``, every route but ``/livez``, ``/readyz`` and the dashboard's
+    page asks for a key."""
     allow_unauthenticated: bool = False
     """Serve other machines without API keys: whoever reaches the port can replace the weights."""
     tls_certificate_file: str | None = None

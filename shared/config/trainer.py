@@ -15,13 +15,14 @@ class ObjectiveConfig(SettingsModel):
     """GRPO (arXiv 2402.03300) with a clipped ratio."""
 
     clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """The ratio policy/behaviour is clipped below ``1 - clip_low``."""
+    """The ratio of the policy to that at the step's start is clipped below ``1 - clip_low``."""
     clip_high: float = Field(default=0.2, gt=0.0)
     """Above ``clip_low`` this is DAPO's clip-higher."""
     normalize_by_std: bool = True
     """Divide group-centred rewards by the group's standard deviation (GRPO); False is Dr. GRPO."""
     importance_cap: float = Field(default=2.0, gt=0.0)
-    """Truncation of the importance ratio policy/behaviour (truncated importance sampling)."""
+    """Cap on the ratio of the policy at the step's start to the one that sampled (truncated
+    importance sampling)."""
 
 
 class OptimizerConfig(SettingsModel):

@@ -17,7 +17,7 @@ class WeightsConfig(SettingsModel):
     transport: TransportKind = TransportKind.SHARED_MEMORY
     """How the bytes travel."""
     shared_memory_dir: str = "/dev/shm"
-    """Of ``shared_memory``, and of the copies of ``ray`` on every node."""
+    """Of ``shared_memory``, and of the copies of ``ray`` and ``nccl`` on every node."""
     filesystem_dir: str | None = None
     """Of the transport ``filesystem``: seen under this path by trainer, server and engines."""
     delta: DeltaMode = DeltaMode.AUTO
