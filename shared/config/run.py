@@ -19,8 +19,7 @@ from shared.types import SpeculationMode
 
 
 class DemoModelConfig(SettingsModel):
-    """``slipstream run`` makes ``model.path`` of it when the directory does not exist; ``serve`` does
-    not."""
+    """``slipstream run`` makes ``model.path`` of it when the directory does not exist."""
 
     preset: str = "tiny-arithmetic"
     """A shape that ``slipstream make-model`` knows."""
