@@ -16,7 +16,7 @@ NAMES_OF_BAD = {
     "unaccounted": "samples that the server's books do not tell of",
     "replaced_though_alive": "slow engines that were replaced",
     "leftover_processes": "processes left",
-    "leftover_files": "files left in shared memory",
+    "leftover_files": "files left in shared memory and /tmp",
 }
 """Of ``make chaos``."""
 
