@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +112,20 @@ def remove_footprint(footprint: Footprint) -> None:
         for leftover in SHARED_MEMORY.glob(OPENMP_FILE.format(pid=pid)):
             with contextlib.suppress(PermissionError):  # another user's, of another container
                 leftover.unlink(missing_ok=True)
+
+
+def is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
+    """Of this user and of that kind, and no link to such. Shared memory and the temporary directory
+    are open to all: what others put there is neither obeyed nor removed.
+
+    Args:
+        is_kind: of the mode: ``stat.S_ISREG``, ``stat.S_ISDIR``.
+    """
+    try:
+        facts = path.lstat()
+    except OSError:
+        return False
+    return is_kind(facts.st_mode) and facts.st_uid == os.geteuid()
 
 
 def _is_reused(pid: int, create_time: float) -> bool:

@@ -28,6 +28,7 @@ from rollout_server.engine.footprint import (
     MAPPED_PREFIXES,
     OPENMP_FILE,
     SHARED_MEMORY,
+    is_own,
     own_footprint,
 )
 from shared.process_identity import pid_namespace, process_lives, process_start_ticks
@@ -123,7 +124,11 @@ def sweep_dead_engines(directory: Path = SHARED_MEMORY) -> list[str]:
     removed: list[str] = []
     for path in sorted(directory.glob(f"{NAME_PREFIX}*")):
         name = NAME.fullmatch(path.name)
-        if name is None or int(name["namespace"]) != pid_namespace() or not _is_own_file(path):
+        if (
+            name is None
+            or int(name["namespace"]) != pid_namespace()
+            or not is_own(path, stat.S_ISREG)
+        ):
             continue
         if process_lives(int(name["pid"]), int(name["start"])):
             continue
@@ -142,7 +147,7 @@ def remove_own_traces(_actor: object = None, directory: Path = SHARED_MEMORY) ->
     """Runs inside an actor that has shut down and is killed next, which OpenMP does not survive to
     remove its file."""
     for path in directory.glob(OPENMP_FILE.format(pid=os.getpid())):
-        if _is_own_file(path):
+        if is_own(path, stat.S_ISREG):
             path.unlink(missing_ok=True)
     FootprintRecord(directory).remove()
 
@@ -188,7 +193,7 @@ def _remove_files(directory: Path, recorded: _Recorded) -> list[str]:
     for pid, start in recorded.processes:
         if process_start_ticks(pid) in (None, start):  # else it is another's, and so is its file
             paths += directory.glob(OPENMP_FILE.format(pid=pid))
-    own = [path for path in paths if _is_own_file(path)]
+    own = [path for path in paths if is_own(path, stat.S_ISREG)]
     for path in own:
         path.unlink(missing_ok=True)
     return [path.name for path in own]
@@ -202,12 +207,3 @@ def _have_ended(processes: Iterable[tuple[int, int]]) -> bool:
             return False
         time.sleep(POLL_S)
     return True
-
-
-def _is_own_file(path: Path) -> bool:
-    """A regular file of this user. Shared memory is open to all: others' records are not obeyed."""
-    try:
-        facts = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid()

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from rollout_server.engine.footprint import is_own
 from shared.process_identity import boot_id, pid_namespace, process_lives, process_start_ticks
 
 LOGGER = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def sweep_dead_scratch(parent: Path | None = None) -> list[str]:
     removed = []
     for path in sorted(path for one in parents for path in one.glob(f"{NAME_PREFIX}*")):
         name = NAME.fullmatch(path.name)
-        if name is None or not _is_own(path):
+        if name is None or not is_own(path, stat.S_ISDIR):
             continue
         # Hosts may share the directory, and containers: their pids say nothing here.
         if (int(name["namespace"]), name["boot"]) != (pid_namespace(), boot_id()):
@@ -105,12 +106,3 @@ def sweep_dead_scratch(parent: Path | None = None) -> list[str]:
     if removed:
         LOGGER.info("removed what dead engines have left: %s", ", ".join(removed))
     return removed
-
-
-def _is_own(path: Path) -> bool:
-    """A directory of this user, and no link to one."""
-    try:
-        facts = path.lstat()
-    except OSError:
-        return False
-    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid()

@@ -28,6 +28,8 @@ TIMINGS = EngineCommitTimings(
     resume_s=0.1,
     paused_s=0.4,
 )
+ANY_MANIFEST: Any = None
+"""The actor in memory does not look into it."""
 LONG_S = 5.0
 
 
@@ -65,9 +67,10 @@ async def test_an_engine_serves_while_its_drafter_follows(
     assert (handle.drafter.version, handle.drafter.requantize_s) == (5, 0.5)
 
 
-async def test_one_that_is_rebuilt_in_the_pause_is_waited_for(
+async def resuming_in_the_pause(
     handle: RayEngineHandle, actor: FakeActor
-) -> None:
+) -> asyncio.Future[EngineCommitTimings]:
+    """Version 5, to where only the rebuild is left to be answered."""
     drafter = handle.spec.drafter.model_copy(update={"rebuild": DrafterRebuild.IN_PAUSE})
     object.__setattr__(handle.spec, "drafter", drafter)
     await answered(handle.load_weights(5), actor, "load_weights", None)
@@ -75,6 +78,13 @@ async def test_one_that_is_rebuilt_in_the_pause_is_waited_for(
     await turns()
     actor.methods["resume"].answers[0].set_result(TIMINGS)
     await turns()
+    return resuming
+
+
+async def test_one_that_is_rebuilt_in_the_pause_is_waited_for(
+    handle: RayEngineHandle, actor: FakeActor
+) -> None:
+    resuming = await resuming_in_the_pause(handle, actor)
     assert not resuming.done()
     actor.methods["rebuild_drafter"].answers[0].set_result(REBUILT)
     assert (await asyncio.wait_for(resuming, LONG_S)).requantize_s == 0.5
@@ -83,20 +93,14 @@ async def test_one_that_is_rebuilt_in_the_pause_is_waited_for(
 async def test_one_that_fails_in_the_pause_has_not_resumed(
     handle: RayEngineHandle, actor: FakeActor
 ) -> None:
-    drafter = handle.spec.drafter.model_copy(update={"rebuild": DrafterRebuild.IN_PAUSE})
-    object.__setattr__(handle.spec, "drafter", drafter)
-    await answered(handle.load_weights(5), actor, "load_weights", None)
-    resuming = asyncio.ensure_future(handle.resume())
-    await turns()
-    actor.methods["resume"].answers[0].set_result(TIMINGS)
-    await turns()
+    resuming = await resuming_in_the_pause(handle, actor)
     actor.methods["rebuild_drafter"].answers[0].set_exception(WeightCommitError("out of memory"))
     with pytest.raises(EngineDeadError, match="out of memory"):
         await asyncio.wait_for(resuming, LONG_S)
 
 
 CALLS: dict[str, Callable[[RayEngineHandle], Awaitable[Any]]] = {
-    "stage": lambda handle: handle.stage(6, "/weights", None),  # type: ignore[arg-type]
+    "stage": lambda handle: handle.stage(6, "/weights", ANY_MANIFEST),
     "stage_initial": lambda handle: handle.stage_initial(),
     "load_weights": lambda handle: handle.load_weights(6),
     "audit": lambda handle: handle.audit("/weights"),
