@@ -130,3 +130,5 @@ def test_engines_that_join_wait_for_a_push_that_also_travels() -> None:
     far = load_run_config(None, [*MODEL, "weights.transport=ray", "ray.address=auto"], {}).weights
     travel_s = far.transfer_timeout_s + far.stage_timeout_s
     assert far.longest_push_s == here.longest_push_s + travel_s
+    slower = here.model_copy(update={"rebuild_timeout_s": here.rebuild_timeout_s + 7})
+    assert slower.longest_push_s == here.longest_push_s + 7, "drafters follow the push before"
