@@ -184,7 +184,7 @@ class Bench:
             return [self._tensors[spec.name].view(torch.uint8).numpy()]
 
         if not only_changes:
-            return write_segment(path, specs, produce)
+            return write_segment(path, specs, produce, takes_spare=True)
         base = self.coordinator.snapshot()
         assert base is not None, "a full push came before"
         return write_delta(

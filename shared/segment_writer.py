@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ import xxhash
 from shared.errors import WeightTransferError
 from shared.safetensors_file import DTYPE_NUM_BYTES, tensor_num_bytes
 from shared.schemas.weights import TensorEntry, WeightManifest
+from shared.segment_sinks import MappedFile, Pipe, SegmentSink, has_all_memory
+from shared.spare_segments import spare_num_bytes, take_spare
 
 TensorBuffer = bytes | bytearray | memoryview | npt.NDArray[Any]
 TensorSource = tuple[str, str, tuple[int, ...], TensorBuffer]
@@ -30,8 +31,6 @@ TensorSource = tuple[str, str, tuple[int, ...], TensorBuffer]
 
 PARTIAL_SUFFIX = ".partial"
 HEADER_ALIGNMENT_BYTES = 8
-CHUNK_BYTES = 1 << 22
-"""What is written and digested at a time."""
 
 
 class TensorSpec(NamedTuple):
@@ -54,6 +53,7 @@ def write_segment(
     produce: Callable[[TensorSpec], Iterable[TensorBuffer]],
     *,
     is_durable: bool = False,
+    takes_spare: bool = False,
 ) -> WeightManifest:
     """Write a file that appears under ``path`` only when it is complete, and describe it.
 
@@ -62,13 +62,14 @@ def write_segment(
     Args:
         produce: a tensor's bytes, in pieces; asked once per tensor, in the file's order.
         is_durable: survive a power cut (a disk, not shared memory).
+        takes_spare: write into the memory of a superseded version, if there is one.
 
     Raises:
         WeightTransferError: a tensor does not fit its dtype and shape, the directory has too little
             room, or the file cannot be written. Nothing is left of it.
     """
     path = Path(path)
-    entries = _write(path, specs, produce, is_durable)
+    entries = _write(path, specs, produce, is_durable, takes_spare)
     return WeightManifest(segment=path.name, tensors=entries)
 
 
@@ -105,10 +106,18 @@ def write_tensors(
     Raises:
         WeightTransferError: a tensor does not fit its dtype and shape.
     """
-    with _Pipe(write) as pipe:
-        pipe.write(memoryview(layout.header), None)
-        entries = [_write_tensor(pipe, spec, produce(spec)) for spec in layout.ordered]
-        pipe.flush()
+    return _write_into(Pipe(write), layout, produce)
+
+
+def _write_into(
+    sink: SegmentSink,
+    layout: SegmentLayout,
+    produce: Callable[[TensorSpec], Iterable[TensorBuffer]],
+) -> list[TensorEntry]:
+    with sink:
+        sink.write(memoryview(layout.header), None)
+        entries = [_write_tensor(sink, spec, produce(spec)) for spec in layout.ordered]
+        sink.flush()
     return entries
 
 
@@ -117,29 +126,43 @@ def _write(
     specs: Iterable[TensorSpec],
     produce: Callable[[TensorSpec], Iterable[TensorBuffer]],
     is_durable: bool,
+    takes_spare: bool,
 ) -> list[TensorEntry]:
     layout = lay_out(specs)
-    with creating(path, layout.num_bytes, is_durable=is_durable) as descriptor:
+    with creating(
+        path, layout.num_bytes, is_durable=is_durable, takes_spare=takes_spare
+    ) as descriptor:
+        if has_all_memory(descriptor, layout.num_bytes):
+            return _write_into(MappedFile(descriptor, layout.num_bytes), layout, produce)
         return write_tensors(layout, produce, functools.partial(write_all, descriptor))
 
 
 @contextlib.contextmanager
-def creating(path: Path, needed_bytes: int, *, is_durable: bool = False) -> Iterator[int]:
+def creating(
+    path: Path, needed_bytes: int, *, is_durable: bool = False, takes_spare: bool = False
+) -> Iterator[int]:
     """A file that appears under ``path`` only if the body ends well: its descriptor, for writing.
 
     Args:
         needed_bytes: that must be free in its directory.
         is_durable: survive a power cut (a disk, not shared memory).
+        takes_spare: the file has ``needed_bytes`` bytes, and may be a spare that is written over.
 
     Raises:
         WeightTransferError: too little room, or the file cannot be written. Nothing is left of it.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        check_free_space(path.parent, needed_bytes)
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        spare = take_spare(path.parent, partial) if takes_spare else None
+        if spare is not None:
+            descriptor = spare
+        else:
+            check_free_space(path.parent, needed_bytes)
+            descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "wb", buffering=0) as file:
+                if spare is not None:
+                    _fit(descriptor, path.parent, needed_bytes)
                 yield file.fileno()
                 if is_durable:
                     os.fsync(file.fileno())
@@ -157,12 +180,20 @@ def creating(path: Path, needed_bytes: int, *, is_durable: bool = False) -> Iter
         ) from exc
 
 
+def _fit(descriptor: int, directory: Path, num_bytes: int) -> None:
+    """Give a spare its new length; what it has already needs no room."""
+    check_free_space(directory, num_bytes - min(num_bytes, spare_num_bytes(descriptor)))
+    os.ftruncate(descriptor, num_bytes)
+
+
 def write_safetensors(path: str | Path, tensors: Iterable[TensorSource]) -> int:
     """Any safetensors file of tensors that lie in memory; its size in bytes."""
     sources = list(tensors)
     buffers = {name: buffer for name, _, _, buffer in sources}
     specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape, _ in sources]
-    _write(Path(path), specs, lambda spec: (buffers[spec.name],), is_durable=False)
+    _write(
+        Path(path), specs, lambda spec: (buffers[spec.name],), is_durable=False, takes_spare=False
+    )
     return Path(path).stat().st_size
 
 
@@ -175,38 +206,9 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-class _Pipe:
-    """Appends chunks: one thread writes a chunk while the caller digests it and makes the next."""
-
-    def __init__(self, write: Callable[[memoryview], None]) -> None:
-        self._write = write
-        self._pool = ThreadPoolExecutor(1, "segment-writer")
-        self._pending: Future[None] | None = None
-
-    def __enter__(self) -> _Pipe:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._pool.shutdown()
-
-    def write(self, data: memoryview, digest: Any) -> None:
-        """Hand over all of ``data``, which must not change before ``flush`` or the next ``write``
-        of as much; digest it if there is a digest."""
-        while data:
-            chunk, data = data[:CHUNK_BYTES], data[CHUNK_BYTES:]
-            self.flush()
-            self._pending = self._pool.submit(self._write, chunk)
-            if digest is not None:
-                digest.update(chunk)
-
-    def flush(self) -> None:
-        """Wait for what was handed over."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-
-def _write_tensor(pipe: _Pipe, spec: TensorSpec, pieces: Iterable[TensorBuffer]) -> TensorEntry:
+def _write_tensor(
+    sink: SegmentSink, spec: TensorSpec, pieces: Iterable[TensorBuffer]
+) -> TensorEntry:
     digest = xxhash.xxh3_128()
     num_bytes = 0
     for piece in pieces:
@@ -215,8 +217,10 @@ def _write_tensor(pipe: _Pipe, spec: TensorSpec, pieces: Iterable[TensorBuffer])
         except TypeError as exc:
             raise _does_not_fit(spec, str(exc)) from exc
         num_bytes += len(view)
-        pipe.write(view, digest)
-        pipe.flush()  # the producer may use its buffer again
+        if num_bytes > (spec.num_bytes or 0):
+            raise _does_not_fit(spec, f"the buffer has {num_bytes} or more")
+        sink.write(view, digest)
+        sink.flush()  # the producer may use its buffer again
     if num_bytes != spec.num_bytes:
         raise _does_not_fit(spec, f"the buffer has {num_bytes}")
     return TensorEntry(

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _SEGMENT_NAME = re.compile(
-    r"slipstream-(?:weights|server|node)-(?P<pid>[0-9]+)"
+    r"slipstream-(?:weights|server|node|spare)-(?P<pid>[0-9]+)"
     r"(?:\.(?P<start>[0-9]+)\.(?P<namespace>[0-9]+)\.(?P<boot>[0-9a-f]+))?"
     r"-v[0-9]+\.safetensors(?:\.partial)?"
 )
@@ -55,6 +55,8 @@ class SegmentKind(StrEnum):
     """The server's hard link to a pushed file: kept while that version may be needed."""
     NODE = "node"
     """The copy of it on another node, owned by the server's actor there."""
+    SPARE = "spare"
+    """What the server no longer needs, for the next writer (``spare_segments``)."""
 
 
 def segment_name(pid: int, version: int, kind: SegmentKind = SegmentKind.TRAINER) -> str:

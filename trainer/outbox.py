@@ -82,7 +82,13 @@ class FileOutbox:
         if base is not None and self._wants_delta:
             manifest = self._write_delta(path, specs, produce, self._directory / base)
         if manifest is None:
-            manifest = write_segment(path, specs, produce, is_durable=self._is_durable)
+            manifest = write_segment(
+                path,
+                specs,
+                produce,
+                is_durable=self._is_durable,
+                takes_spare=not self._is_durable,
+            )
         return Written(manifest, path.stat().st_size)
 
     @property

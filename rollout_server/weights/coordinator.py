@@ -65,7 +65,7 @@ class WeightCoordinator:
         self._clock = clock
         self._ledger = ledger
         self._model_path = model_path
-        self._files = files or SharedFiles()
+        self._files = files or SharedFiles(config.spares_dir)
         self._turns = Turns(config.lock_timeout_s)
         self._pushes: set[asyncio.Task[PublishResponse]] = set()
         self._push: Push | None = None

@@ -85,7 +85,9 @@ class _Application:
     def write(self, target: Path, is_given_up: Callable[[], bool], is_durable: bool) -> None:
         num_bytes = os.fstat(self._base).st_size
         header_bytes = min((span.start for span in self._layout.values()), default=num_bytes)
-        with creating(target, num_bytes, is_durable=is_durable) as descriptor:
+        with creating(
+            target, num_bytes, is_durable=is_durable, takes_spare=not is_durable
+        ) as descriptor:
             for chunk in read_range(self._base, 0, header_bytes, self._base_path):
                 write_all(descriptor, chunk)
             for_each_tensor(

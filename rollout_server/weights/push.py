@@ -114,7 +114,7 @@ class Push:
             self._end_phase("resume")
         finally:
             if self._previous is not None:
-                await self._files.remove(self._previous.path)
+                await self._files.retire(self._previous)
         resumed = {t.engine_id for t in timings}
         failed += [e.engine_id for e in loaded if e.engine_id not in resumed]
         return PublishResponse(

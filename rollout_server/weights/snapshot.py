@@ -14,6 +14,7 @@ from shared.errors import WeightTransferError, WeightVerificationError
 from shared.schemas.weights import WeightManifest
 from shared.segment_writer import PARTIAL_SUFFIX, sync_directory
 from shared.weight_claims import remove_claim, write_claim
+from shared.weights import SegmentKind, segment_name
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,26 @@ def remove_segment(path: str | Path) -> None:
     except OSError as exc:
         logger.warning("weight segment %s cannot be removed: %s", path, exc.strerror)
     remove_claim(Path(path))
+
+
+def retire_segment(path: str | Path, version: int) -> None:
+    """Leave a superseded file for the next writer; of this server's spares it is the only one.
+    Never raises."""
+    path = Path(path)
+    remove_spares(path.parent)
+    try:
+        path.rename(path.parent / segment_name(os.getpid(), version, SegmentKind.SPARE))
+    except OSError as exc:
+        logger.warning("weight segment %s cannot be kept as a spare: %s", path, exc.strerror)
+        remove_segment(path)
+    remove_claim(path)
+
+
+def remove_spares(directory: Path) -> None:
+    """Remove what this server left for the next writer. Never raises."""
+    name = segment_name(os.getpid(), 0, SegmentKind.SPARE).removesuffix("-v0.safetensors")
+    for spare in directory.glob(f"{name}-v*.safetensors"):
+        remove_segment(spare)
 
 
 def move_to(snapshot: CommittedSnapshot, directory: Path) -> CommittedSnapshot:

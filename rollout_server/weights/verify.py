@@ -8,6 +8,7 @@ infinity.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,7 @@ import xxhash
 
 from shared.errors import WeightTransferError, WeightVerificationError
 from shared.safetensors_file import (
+    CHUNK_BYTES,
     TensorSpan,
     open_regular_file,
     read_header_at,
@@ -118,10 +120,14 @@ def _check_all_bytes(
     found: dict[str, TensorSpan],
     is_given_up: Callable[[], bool],
 ) -> None:
+    buffers = threading.local()  # memory made anew for every tensor costs as much as its digest
+
     def check_one(name: str) -> None:
+        if not hasattr(buffers, "chunk"):
+            buffers.chunk = memoryview(bytearray(CHUNK_BYTES))
         check = TensorCheck(expected[name])
         span = found[name]
-        for chunk in read_range(descriptor, span.start, span.end, path):
+        for chunk in read_range(descriptor, span.start, span.end, path, buffers.chunk):
             check.update(chunk)
         check.finish()
 
@@ -163,7 +169,6 @@ class TensorCheck:
     def __init__(self, entry: TensorEntry) -> None:
         self._entry = entry
         self._mask = _EXPONENT_MASKS.get(entry.dtype)
-        self._scratch: npt.NDArray[Any] | None = None
         self._digest = xxhash.xxh3_128()
         self._num_elements = 0
         self._first_not_finite: int | None = None
@@ -175,9 +180,7 @@ class TensorCheck:
         if mask is None or self._first_not_finite is not None:
             return
         bits = np.frombuffer(chunk, dtype=mask.dtype)
-        if self._scratch is None or len(self._scratch) < len(bits):
-            self._scratch = np.empty(len(bits), dtype=mask.dtype)
-        offset = find_not_finite(bits, mask, self._scratch)
+        offset = find_not_finite(bits, mask)
         if offset is not None:
             self._first_not_finite = self._num_elements + offset
         self._num_elements += len(bits)
@@ -197,21 +200,22 @@ class TensorCheck:
             )
 
 
-def find_not_finite(
-    bits: npt.NDArray[Any], mask: np.unsignedinteger[Any], scratch: npt.NDArray[Any]
-) -> int | None:
+def find_not_finite(bits: npt.NDArray[Any], mask: np.unsignedinteger[Any]) -> int | None:
     """Index of the first NaN or infinity among float bit patterns, or None.
 
     Args:
         bits: [n] floats seen as unsigned integers.
         mask: the exponent bits of that float format.
-        scratch: at least [n], of the same dtype; overwritten.
     """
     if not len(bits):
         return None
-    exponents = np.bitwise_and(bits, mask, out=scratch[: len(bits)])
-    # max is vectorised where comparing and any would make two more passes.
-    return int(np.argmax(exponents)) if exponents.max() == mask else None
+    # As signed integers positive floats are in their order, as unsigned ones negative floats are,
+    # with NaN and infinity at the end. Two reductions, which only read, beat one pass that writes.
+    sign = np.left_shift(mask.dtype.type(1), 8 * mask.dtype.itemsize - 1)
+    signed = bits.view(f"i{mask.dtype.itemsize}")
+    if signed.max() < mask and bits.max() < (mask | sign):
+        return None
+    return int(np.argmax((bits & mask) == mask))
 
 
 def _refuse(name: str, expected: str, found: str) -> NoReturn:

@@ -18,6 +18,10 @@ class WeightsConfig(SettingsModel):
     """How the bytes travel."""
     shared_memory_dir: str = "/dev/shm"
     """Of ``shared_memory``, and of the copies of ``ray`` and ``nccl`` on every node."""
+    keep_spare: bool = True
+    """A superseded version's shared memory stays for the next push to be written into
+    (``shared_memory``): finding new memory takes longer than writing. Between pushes, twice the
+    size of the model lies in ``shared_memory_dir``, as during one. False frees it after each."""
     filesystem_dir: str | None = None
     """Of the transport ``filesystem``: seen under this path by trainer, server and engines."""
     delta: DeltaMode = DeltaMode.AUTO
@@ -73,6 +77,12 @@ class WeightsConfig(SettingsModel):
             assert self.filesystem_dir is not None, "checked when the configuration was read"
             return Path(self.filesystem_dir)
         return Path(self.shared_memory_dir)
+
+    @property
+    def spares_dir(self) -> Path | None:
+        """Where superseded versions are left for the next; None: nowhere."""
+        is_kept = self.keep_spare and self.transport is TransportKind.SHARED_MEMORY
+        return self.directory if is_kept else None
 
     @property
     def spans_nodes(self) -> bool:

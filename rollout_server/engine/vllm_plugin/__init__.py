@@ -9,7 +9,8 @@ What it changes in vLLM 0.32.0, all of it here:
 - steps with drafts verify them our way (``speculative_steps.py``);
 - min-p and logit bias work under speculation (``sampling_parameters.py``);
 - on CPU, one kernel is repaired (``kernel_repair.py``), and so are seeded requests whose prompt is
-  prefilled in pieces (``seeded_prefill.py``);
+  prefilled in pieces (``seeded_prefill.py``), and token embeddings are packed only where something
+  multiplies with them (``embeddings.py``);
 - vLLM's processes end when they have shut down (``quick_exit.py``);
 - on CUDA, the target has full graphs for every draft length and the drafter for whole loops
   (``full_graphs.py``).
@@ -91,7 +92,14 @@ def register() -> None:
     )
     runner.execute_model = plain.run_idle_steps_plainly(runner.execute_model)
     if is_cpu:
+        from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
         from rollout_server.engine.vllm_plugin import seeded_prefill
+        from rollout_server.engine.vllm_plugin.embeddings import pack_when_used
+
+        UnquantizedEmbeddingMethod.process_weights_after_loading = pack_when_used(
+            UnquantizedEmbeddingMethod.process_weights_after_loading
+        )
 
         runner.sample_tokens = seeded_prefill.sample_unfinished_prompts_without_seed(
             runner.sample_tokens

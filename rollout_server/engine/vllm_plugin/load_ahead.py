@@ -33,6 +33,7 @@ from vllm.model_executor.model_loader.reload.layerwise import (
 )
 
 from rollout_server.engine.vllm_plugin.checkpoint import OpenCheckpoint, tensor_names
+from rollout_server.engine.vllm_plugin.padded_rows import pad_rows
 from rollout_server.engine.vllm_plugin.partial_load import (
     TouchedModule,
     TouchedModules,
@@ -133,6 +134,7 @@ class LoadAhead:
         before = _State.of(module)
         after: _State | None = None
         try:
+            pad_rows(module)
             initialize_layerwise_reload(module)
             self._model.load_weights(iter(tensors.items()))
             finalize_layerwise_processing(module, self._vllm_config.model_config)

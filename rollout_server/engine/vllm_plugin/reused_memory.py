@@ -29,7 +29,8 @@ def reused_memory(*, give_back: bool = True) -> Iterator[None]:
     """For the length of a load, or of a part of one.
 
     Args:
-        give_back: what is left over at the end goes back to the kernel at once.
+        give_back: what is left over at the end goes back to the kernel at once. Else it stays for
+            the next load; a load that packs into the memory of what it replaces leaves little.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):

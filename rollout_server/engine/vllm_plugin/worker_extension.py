@@ -1,8 +1,7 @@
 """Methods added to vLLM's worker (``worker_extension_cls``), called by ``AsyncLLM.collective_rpc``.
 
 They run in every tensor-parallel rank, between engine steps. Leans on (vLLM 0.32.0):
-``initialize_layerwise_reload`` / ``finalize_layerwise_processing`` (in-place reload that re-packs
-layer by layer), ``Worker.model_runner.get_model()``.
+``Worker.model_runner.get_model()``.
 
 vLLM's own weight-update session is not used for this transport: a failure inside it leaves the
 session open for good, whereas here a failed load poisons the engine and the server replaces it.
@@ -11,33 +10,18 @@ session open for good, whereas here a failed load poisons the engine and the ser
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-from vllm.model_executor.model_loader.reload.layerwise import (
-    finalize_layerwise_processing,
-    initialize_layerwise_reload,
-)
 
 from rollout_server.drafter.proposer import SelfDraftProposer
-from rollout_server.drafter.sharing import (
-    draft_linear_methods,
-    num_unshared_bytes,
-    token_embedding,
-)
-from rollout_server.engine.vllm_plugin.checkpoint import (
-    iterate_safetensors,
-    safetensors_files,
-    tensor_names,
-)
+from rollout_server.drafter.sharing import draft_linear_methods, num_unshared_bytes
+from rollout_server.engine.vllm_plugin.checkpoint import safetensors_files, tensor_names
 from rollout_server.engine.vllm_plugin.drafter_rebuild import DrafterRebuilding
-from rollout_server.engine.vllm_plugin.expert_repair import repack_experts
 from rollout_server.engine.vllm_plugin.load_ahead import LoadAhead
-from rollout_server.engine.vllm_plugin.partial_load import touched_modules
 from rollout_server.engine.vllm_plugin.reused_memory import reused_memory
+from rollout_server.engine.vllm_plugin.target_load import load_target
 from rollout_server.engine.vllm_plugin.weight_audit import WeightAudit, auditable_modules
 from shared.types import DrafterScheme
 
@@ -112,12 +96,14 @@ class SlipstreamWorkerExtension:
         model = self.model_runner.get_model()
         started = time.perf_counter()
         self._slipstream_rebuilding = None
-        with set_current_vllm_config(self.vllm_config), torch.no_grad(), reused_memory():
-            loaded: frozenset[str] = frozenset()
-            ahead = self._slipstream_ahead
-            if ahead is not None and ahead.version == version:
-                loaded = ahead.take_place()
-            self._slipstream_drop_ahead()
+        ahead = self._slipstream_ahead
+        loaded: frozenset[str] = frozenset()
+        if ahead is not None and ahead.version == version:
+            loaded = ahead.take_place()
+        self._slipstream_drop_ahead()
+        # What was exchanged leaves room for a model; what a load leaves is a layer or two.
+        memory = reused_memory(give_back=bool(loaded))
+        with set_current_vllm_config(self.vllm_config), torch.no_grad(), memory:
             load_target(model, path, changed, self.vllm_config.model_config, loaded)
         torch.accelerator.synchronize()
         self._slipstream_loaded_path = path
@@ -184,48 +170,3 @@ class SlipstreamWorkerExtension:
             "drafter_bytes": packed + unshared,
             "num_drafter_layers": len(methods),
         }
-
-
-def load_target(
-    model: Any,
-    path: str,
-    changed: list[str] | None,
-    model_config: Any,
-    loaded: Collection[str] = (),
-) -> None:
-    """Load a file's tensors; only those modules that ``changed`` touches, where it is given.
-
-    Args:
-        loaded: tensors whose modules have them already, all of each.
-    """
-    available = tensor_names(path)
-    # Multi-head latent attention computes more weights when all of a model is loaded.
-    wanted = None if model_config.use_mla else changed
-    if loaded:
-        wanted = sorted(set(available if changed is None else changed).difference(loaded))
-    touched = None if wanted is None else touched_modules(model, wanted, available)
-    if touched is None:
-        initialize_layerwise_reload(model)
-        model.load_weights(iterate_safetensors(path))
-    else:
-        for module in touched.modules:
-            initialize_layerwise_reload(module)
-        model.load_weights(iterate_safetensors(path, touched.tensor_names))
-    finalize_layerwise_processing(model, model_config)
-    repack_tied_lm_head(model)
-    if touched is None:
-        repack_experts(model)  # packed again only if they were loaded again
-
-
-def repack_tied_lm_head(model: Any) -> None:
-    """A tied LM head gets no weight of its own in a reload, so vLLM leaves alone what it packed
-    from the old one (on CPU, inside a oneDNN handler): pack it again from the new embedding.
-
-    Removal check: the tied case of ``tests/integration/test_weight_push_engine.py``.
-    """
-    head = getattr(model, "lm_head", None)
-    if not isinstance(head, ParallelLMHead):
-        return
-    _, embedding = token_embedding(model)
-    if head.weight.data_ptr() == embedding.weight.data_ptr():
-        head.quant_method.process_weights_after_loading(head)

@@ -85,6 +85,10 @@ class NodeFiles:
         if version is not None:
             await asyncio.gather(*(self._remove_from(node, path, version) for node in holders))
 
+    async def retire(self, snapshot: CommittedSnapshot) -> None:
+        """See ``SnapshotFiles``. Receivers write what comes next: nothing is left for them."""
+        await self.remove(snapshot.path)
+
     async def close(self) -> None:
         """See ``SnapshotFiles``."""
         self._copies.clear()

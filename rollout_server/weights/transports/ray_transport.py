@@ -42,7 +42,7 @@ async def start_snapshot_files(config: WeightsConfig) -> SnapshotFiles:
         WeightTransferError: the receiver does not start.
     """
     if not config.spans_nodes:
-        return SharedFiles()
+        return SharedFiles(config.spares_dir)
     nodes = RayNodes(config)
     if config.transport is TransportKind.NCCL:
         # Imported here: it is built on this module.

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from rollout_server.engine.protocol import EngineHandle
-from rollout_server.weights.snapshot import CommittedSnapshot, remove_segment
+from rollout_server.weights.snapshot import (
+    CommittedSnapshot,
+    remove_segment,
+    remove_spares,
+    retire_segment,
+)
 
 
 class SnapshotFiles(Protocol):
@@ -50,15 +56,28 @@ class SnapshotFiles(Protocol):
         """Remove a file of the server and its copies. Never raises: leftovers are swept later."""
         ...
 
+    async def retire(self, snapshot: CommittedSnapshot) -> None:
+        """Remove a superseded snapshot's file and its copies, or leave the file's memory for the
+        next version. Never raises."""
+        ...
+
     async def close(self) -> None:
-        """Remove what is on other machines; the server's own files stay. May be called again."""
+        """Remove what is on other machines, and what ``retire`` left; the server's own files stay.
+        May be called again."""
         ...
 
 
 class SharedFiles:
-    """Every engine sees the server's own directory: one host, or a shared disk."""
+    """Every engine sees the server's own directory: one host, or a shared disk.
+
+    Args:
+        spares: where superseded files are left for the next version: shared memory. None: nowhere.
+    """
 
     receiver: str | None = None
+
+    def __init__(self, spares: Path | None = None) -> None:
+        self._spares = spares
 
     def node_receivers(self, engines: Sequence[EngineHandle]) -> list[str]:
         return []
@@ -75,5 +94,14 @@ class SharedFiles:
     async def remove(self, path: str) -> None:
         await asyncio.to_thread(remove_segment, path)
 
+    async def retire(self, snapshot: CommittedSnapshot) -> None:
+        # One from before a restart may lie in the state directory.
+        if Path(snapshot.path).parent == self._spares:
+            await asyncio.to_thread(retire_segment, snapshot.path, snapshot.version)
+        else:
+            await self.remove(snapshot.path)
+
     async def close(self) -> None:
         """Nothing is anywhere else."""
+        if self._spares is not None:
+            await asyncio.to_thread(remove_spares, self._spares)
