@@ -224,9 +224,11 @@ class PushWorld:
     def files(self) -> list[str]:
         return sorted(path.name for path in self.directory.iterdir())
 
-    def server_files(self, *versions: int) -> list[str]:
+    def server_files(self, *versions: int, spare: int | None = None) -> list[str]:
+        """What the server keeps, and the version whose memory it left for the next."""
         names = [segment_name(os.getpid(), version, SegmentKind.SERVER) for version in versions]
-        return sorted(names + [name + CLAIM_SUFFIX for name in names])
+        spares = [] if spare is None else [segment_name(os.getpid(), spare, SegmentKind.SPARE)]
+        return sorted(names + [name + CLAIM_SUFFIX for name in names] + spares)
 
     def versions(self) -> list[int]:
         return [engine.committed_version for engine in self.pool.members]

@@ -104,7 +104,7 @@ def test_a_truncated_file_is_refused(
         verify_segment(path, manifest)
 
 
-NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+NOT_FINITE = [float("nan"), float("-nan"), float("inf"), float("-inf")]
 
 
 @pytest.mark.parametrize("value", NOT_FINITE)

@@ -1,4 +1,4 @@
-"""Token embeddings and LM heads on a CPU: packed where they multiply, loaded where they lie.
+"""Token embeddings and LM heads of vLLM on a CPU: packed where they multiply, filled in place.
 
 vLLM packs a copy of every embedding for oneDNN, also of those that only look rows up: a gigabyte
 for a vocabulary of 152,000 and a hidden size of 3584. Here a token embedding is packed when

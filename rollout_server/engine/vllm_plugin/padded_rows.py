@@ -1,4 +1,4 @@
-"""On a CPU, layers are put together in rows that do not all fall on the same cache sets.
+"""On a CPU, vLLM puts layers together in rows that do not all fall on the same cache sets.
 
 oneDNN packs a weight by walking down its columns. Where a row is a large power of two in bytes, as
 with hidden sizes of 2048 or 4096, the rows of a column share a few cache sets and push each other

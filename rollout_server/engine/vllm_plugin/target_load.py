@@ -1,4 +1,4 @@
-"""Replaces the target's weights by a file's, in place. Generation must be paused.
+"""Replaces a vLLM model's weights by a file's, in place. Generation must be paused.
 
 Leans on (vLLM 0.32.0): ``initialize_layerwise_reload`` and ``finalize_layerwise_processing``
 (in-place reload that packs layer by layer); ``UnquantizedLinearMethod``, which leaves an empty
@@ -47,7 +47,7 @@ def load_target(
         wanted = sorted(set(available if changed is None else changed).difference(loaded))
     touched = None if wanted is None else touched_modules(model, wanted, available)
     if touched is None:
-        released = _release_packed(model)
+        released = release_packed(model)
         pad_rows(model)
         initialize_layerwise_reload(model)
         model.load_weights(iterate_safetensors(path))
@@ -56,7 +56,7 @@ def load_target(
         ]
     else:
         reloaded = [module for module in touched.modules if not is_loaded_in_place(module)]
-        released = [layer for module in reloaded for layer in _release_packed(module)]
+        released = [layer for module in reloaded for layer in release_packed(module)]
         for module in reloaded:
             pad_rows(module)
             initialize_layerwise_reload(module)
@@ -66,10 +66,10 @@ def load_target(
     pack_again(model, filled)
     if touched is None:
         repack_experts(model)  # packed again only if they were loaded again
-    _check_packed(model, released)
+    check_packed(model, released)
 
 
-def _release_packed(model: Module) -> list[Any]:
+def release_packed(model: Module) -> list[Any]:
     """Free what is packed of the linear layers below: what is packed next can lie in its memory,
     which then goes neither to the kernel nor comes from it. Returns the layers."""
     released = []
@@ -84,7 +84,7 @@ def _release_packed(model: Module) -> list[Any]:
     return released
 
 
-def _check_packed(model: Module, released: Collection[Module]) -> None:
+def check_packed(model: Module, released: Collection[Module]) -> None:
     unpacked = {layer for layer in released if getattr(layer, "cpu_linear", None) is None}
     names = [name for name, layer in model.named_modules() if layer in unpacked]
     if names:
