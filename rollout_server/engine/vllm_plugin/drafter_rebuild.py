@@ -19,6 +19,7 @@ from rollout_server.drafter.sharing import draft_linear_methods
 from rollout_server.drafter.target_packing import pack_from_target, unreadable_layers
 from rollout_server.engine.vllm_plugin.checkpoint import OpenCheckpoint, tensor_names
 from rollout_server.engine.vllm_plugin.partial_load import touched_modules
+from rollout_server.engine.vllm_plugin.reused_memory import reused_memory
 
 
 class DrafterRebuilding:
@@ -38,7 +39,7 @@ class DrafterRebuilding:
     def advance(self, vllm_config: Any, budget_s: float) -> bool:
         """Go on for about ``budget_s``, a block at the least. True when it is done."""
         deadline_s = time.perf_counter() + budget_s
-        with set_current_vllm_config(vllm_config), torch.no_grad():
+        with set_current_vllm_config(vllm_config), torch.no_grad(), reused_memory():
             for _ in self._blocks:
                 torch.accelerator.synchronize()
                 if time.perf_counter() >= deadline_s:

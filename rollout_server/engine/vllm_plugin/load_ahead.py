@@ -82,9 +82,7 @@ class LoadAhead:
         """Go on for about ``budget_s``, a module at the least. True when it is done, or when a
         module could not be loaded: that one and those after it are left for the pause."""
         deadline_s = time.perf_counter() + budget_s
-        # What is left over is taken by the next module, or by what the pause loads.
-        memory = reused_memory(give_back=False)
-        with set_current_vllm_config(self._vllm_config), torch.no_grad(), memory:
+        with set_current_vllm_config(self._vllm_config), torch.no_grad(), reused_memory():
             for _ in self._work:
                 torch.accelerator.synchronize()
                 if time.perf_counter() >= deadline_s:
@@ -92,11 +90,9 @@ class LoadAhead:
         return True
 
     def close(self) -> None:
-        """Let go of what is ready, of the file, and of the memory beside."""
+        """Let go of what is ready, and of the file. The memory stays for the next version."""
         self._work.close()
         self._ready.clear()
-        with reused_memory():
-            pass  # gives back what is left over
 
     def take_place(self) -> frozenset[str]:
         """Serve what is ready from now on. Returns the checkpoint tensors this takes care of."""

@@ -5,9 +5,8 @@ one, oneDNN packs it into another, the old packed one is freed. glibc asks the k
 block and gives it back at once, and the kernel zeroes every page of the next. Measured figures:
 ``docs/weights.md``.
 
-Leans on glibc's ``mallopt`` and ``malloc_trim``. Where they are missing, or another allocator has
-taken ``malloc``'s place (vLLM's CPU guide suggests tcmalloc, which keeps freed memory by itself),
-nothing changes.
+Leans on glibc's ``mallopt``. Where it is missing, or another allocator has taken ``malloc``'s place
+(vLLM's CPU guide suggests tcmalloc, which keeps freed memory by itself), nothing changes.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ import ctypes
 from collections.abc import Iterator
 
 M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
 M_MMAP_MAX = -4
 NEVER_TRIM_BYTES = 2**31 - 1
 DEFAULT_MMAP_MAX = 65536
-TRIM_THRESHOLD_BYTES = 64 << 20
-"""What glibc comes to by itself, twice its largest threshold for blocks of their own."""
+MMAP_THRESHOLD_BYTES = 32 << 20
+"""Blocks above it get pages of their own. glibc comes to this, its largest, by itself as blocks are
+freed, but no more once ``mallopt`` was called."""
+TRIM_THRESHOLD_BYTES = 2 * MMAP_THRESHOLD_BYTES
+"""What glibc comes to by itself."""
 
 
 @contextlib.contextmanager
-def reused_memory(*, give_back: bool = True) -> Iterator[None]:
-    """For the length of a load, or of a part of one.
-
-    Args:
-        give_back: what is left over at the end goes back to the kernel at once. Else it stays for
-            the next load; a load that packs into the memory of what it replaces leaves little.
-    """
+def reused_memory() -> Iterator[None]:
+    """For the length of a load, or of a part of one. What is left over stays for the next: a layer
+    or two, and as much as was loaded ahead of a pause."""
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
+    if not hasattr(libc, "mallopt"):
         yield
         return
     libc.mallopt(M_MMAP_MAX, 0)
@@ -42,6 +41,5 @@ def reused_memory(*, give_back: bool = True) -> Iterator[None]:
         yield
     finally:
         libc.mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
-        if give_back:
-            libc.malloc_trim(0)

@@ -101,9 +101,7 @@ class SlipstreamWorkerExtension:
         if ahead is not None and ahead.version == version:
             loaded = ahead.take_place()
         self._slipstream_drop_ahead()
-        # What was exchanged leaves room for a model; what a load leaves is a layer or two.
-        memory = reused_memory(give_back=bool(loaded))
-        with set_current_vllm_config(self.vllm_config), torch.no_grad(), memory:
+        with set_current_vllm_config(self.vllm_config), torch.no_grad(), reused_memory():
             load_target(model, path, changed, self.vllm_config.model_config, loaded)
         torch.accelerator.synchronize()
         self._slipstream_loaded_path = path
