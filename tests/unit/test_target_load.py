@@ -9,12 +9,15 @@ import pytest
 import torch
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor, to_meta_tensor
 
 from rollout_server.engine.vllm_plugin import padded_rows
-from rollout_server.engine.vllm_plugin.embeddings import pack_when_used
+from rollout_server.engine.vllm_plugin.embeddings import pack_again, pack_when_used
 from rollout_server.engine.vllm_plugin.padded_rows import is_worth_padding, pad_rows
 from rollout_server.engine.vllm_plugin.target_load import check_packed, release_packed
 
@@ -118,3 +121,30 @@ def test_an_embedding_is_packed_by_the_first_that_multiplies_with_it() -> None:
     for _ in range(2):
         assert torch.equal(layer.cpu_linear(torch.ones(1, 3), layer.weight, None), torch.ones(1, 3))
         assert packed == [layer]
+
+
+class Embedding(VocabParallelEmbedding):
+    """Of vLLM's class, without what that asks of a process around it."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        torch.nn.Module.__init__(self)
+        self.quant_method: Any = UnquantizedEmbeddingMethod()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.cpu_linear: Any = "packed of the old weight"
+
+
+def test_what_shares_a_weight_that_was_filled_is_packed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed: list[Any] = []
+    monkeypatch.setattr(
+        UnquantizedEmbeddingMethod,
+        "process_weights_after_loading",
+        lambda method, layer: packed.append((layer, layer.cpu_linear)),
+    )
+    filled, head, other = Embedding(torch.eye(3)), Embedding(torch.eye(3)), Embedding(torch.eye(3))
+    head.weight = filled.weight
+    model = torch.nn.ModuleList([filled, head, other, torch.nn.Linear(2, 2)])
+    pack_again(model, [filled, model[3]])
+    assert packed == [(filled, None), (head, None)], "freed first"
+    assert other.cpu_linear == "packed of the old weight"

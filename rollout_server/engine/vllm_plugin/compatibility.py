@@ -176,6 +176,16 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
         "_place_kernel_tensors",
         ("layer", "info"),
     ),
+    Symbol(
+        "vllm.model_executor.model_loader.reload.meta", "materialize_meta_tensor", ("meta_tensor",)
+    ),
+    Symbol("vllm.model_executor.layers.linear", "UnquantizedLinearMethod"),
+    Symbol("vllm.model_executor.layers.utils", "check_cpu_sgl_kernel", ("n", "k", "dtype")),
+    Symbol(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "UnquantizedEmbeddingMethod.process_weights_after_loading",
+        ("layer",),
+    ),
 )
 # Not here: the ``OPTIONAL_OPS`` of ``drafter/kernels``, which vLLM builds for some processors only.
 # Whoever uses one tries it at start and has another kernel to fall back on.

@@ -61,6 +61,11 @@ def is_loaded_in_place(module: Module) -> bool:
     return type(getattr(module, "quant_method", None)) is UnquantizedEmbeddingMethod
 
 
+def is_token_embedding(module: Module) -> bool:
+    """Whether the module looks rows up, and is no LM head."""
+    return isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+
+
 def pack_again(model: Module, loaded: Collection[Module]) -> None:
     """After a load: pack embeddings and LM heads whose weight was filled.
 

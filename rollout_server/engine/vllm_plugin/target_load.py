@@ -12,14 +12,17 @@ from typing import Any
 
 from torch.nn import Module
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_processing,
     initialize_layerwise_reload,
 )
 
 from rollout_server.engine.vllm_plugin.checkpoint import iterate_safetensors, tensor_names
-from rollout_server.engine.vllm_plugin.embeddings import is_loaded_in_place, pack_again
+from rollout_server.engine.vllm_plugin.embeddings import (
+    is_loaded_in_place,
+    is_token_embedding,
+    pack_again,
+)
 from rollout_server.engine.vllm_plugin.expert_repair import repack_experts
 from rollout_server.engine.vllm_plugin.padded_rows import pad_rows
 from rollout_server.engine.vllm_plugin.partial_load import touched_modules
@@ -51,9 +54,8 @@ def load_target(
         pad_rows(model)
         initialize_layerwise_reload(model)
         model.load_weights(iterate_safetensors(path))
-        filled = [
-            module for module in model.modules() if isinstance(module, VocabParallelEmbedding)
-        ]
+        # An LM head with a weight of its own was packed on the way.
+        filled = [module for module in model.modules() if is_token_embedding(module)]
     else:
         reloaded = [module for module in touched.modules if not is_loaded_in_place(module)]
         released = [layer for module in reloaded for layer in release_packed(module)]
@@ -85,6 +87,10 @@ def release_packed(model: Module) -> list[Any]:
 
 
 def check_packed(model: Module, released: Collection[Module]) -> None:
+    """
+    Raises:
+        RuntimeError: naming the layers that were released and not packed again.
+    """
     unpacked = {layer for layer in released if getattr(layer, "cpu_linear", None) is None}
     names = [name for name, layer in model.named_modules() if layer in unpacked]
     if names:
