@@ -52,6 +52,13 @@ async def test_versions_take_turns_in_the_memory_of_two(start: StartWorld) -> No
     assert len(set(inodes)) == 2
 
 
+async def test_of_trainers_that_take_no_spare_one_is_left_at_most(start: StartWorld) -> None:
+    it = start()
+    for version in range(1, 4):
+        await it.push(version, version - 1)
+    assert it.files() == it.server_files(3, spare=2)
+
+
 async def test_a_version_that_somebody_still_reads_stays_what_it_was(start: StartWorld) -> None:
     it = start()
     await push_into_spare(it, 1, 0, 1.0)

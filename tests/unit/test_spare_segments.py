@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from shared import segment_writer
+from shared.config.weights import WeightsConfig
 from shared.errors import WeightTransferError
 from shared.segment_sinks import MAPPED_CHUNK_BYTES, has_all_memory
 from shared.segment_writer import TensorSpec, write_segment
 from shared.spare_segments import SPARE_PREFIX, take_spare
-from shared.types import SegmentEncoding
+from shared.types import SegmentEncoding, TransportKind
 from shared.weights import SegmentKind, build_manifest, segment_name, sweep_stale_segments
+from trainer.outbox import FileOutbox
 
 OLD = b"old bytes" * 1000
 SIZES = [0, 1, 7, MAPPED_CHUNK_BYTES, 5 * MAPPED_CHUNK_BYTES + 3]
@@ -179,6 +181,28 @@ def test_a_file_with_holes_is_not_mapped(tmp_path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
         assert has_all_memory(file.fileno(), 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("transport", "is_taken"),
+    [(TransportKind.SHARED_MEMORY, True), (TransportKind.FILESYSTEM, False)],
+)
+def test_a_trainer_takes_spares_in_shared_memory(
+    spare: Path, transport: TransportKind, is_taken: bool
+) -> None:
+    inode = spare.stat().st_ino
+    directory = str(spare.parent)
+    config = WeightsConfig(
+        transport=transport, shared_memory_dir=directory, filesystem_dir=directory
+    )
+    outbox = FileOutbox(config)
+    written = outbox.write(2, specs_of([9000]), produce_of(1))
+    path = spare.parent / written.manifest.segment
+    assert (path.stat().st_ino == inode) is is_taken
+    assert spare.exists() is not is_taken
+    assert build_manifest(path) == written.manifest
+    outbox.discard()
+    assert not path.exists()
 
 
 def test_the_spare_of_a_dead_server_is_swept(tmp_path: Path) -> None:
