@@ -166,10 +166,10 @@ def test_a_spare_needs_room_only_for_what_it_is_short_of(
         segment_writer, "check_free_space", lambda _, needed_bytes: asked.append(needed_bytes)
     )
     has_bytes = spare.stat().st_blocks * 512
-    write_segment(target(spare), specs_of([20_000]), produce_of(1), takes_spare=True)
+    write_segment(target(spare), specs_of([1 << 20]), produce_of(1), takes_spare=True)
     assert asked == [target(spare).stat().st_size - has_bytes]
     target(spare).rename(spare)
-    write_segment(target(spare), specs_of([20_000]), produce_of(2), takes_spare=True)
+    write_segment(target(spare), specs_of([1 << 20]), produce_of(2), takes_spare=True)
     assert asked[1:] == [0]
 
 
