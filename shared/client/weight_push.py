@@ -89,7 +89,9 @@ def write_push(
     path = Path(directory) / segment_name(os.getpid(), version)
     # A name left behind by an interrupted push of this very process would refuse the write.
     path.unlink(missing_ok=True)
-    manifest = write_segment(path, specs, lambda spec: _pieces(tensors[spec.name], dtype))
+    manifest = write_segment(
+        path, specs, lambda spec: _pieces(tensors[spec.name], dtype), takes_spare=True
+    )
     return PublishRequest(version=version, base_version=base_version, manifest=manifest)
 
 

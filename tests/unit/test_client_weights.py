@@ -14,9 +14,11 @@ import safetensors.torch
 import torch
 
 from shared.client import AsyncRolloutClient, RolloutClient, WeightPush
+from shared.client.weight_push import write_push
 from shared.errors import ConflictError, WeightTransferError
 from shared.schemas.base import ErrorBody, ErrorResponse
 from shared.schemas.weights import PublishRequest, PublishResponse, WeightManifest, WeightsResponse
+from shared.spare_segments import SPARE_PREFIX
 from shared.weights import build_manifest
 
 
@@ -103,6 +105,17 @@ def test_numpy_arrays_arrive_as_they_are(server: WeightServer) -> None:
     server.push(arrays)
     for name, array in arrays.items():
         assert np.array_equal(server.pushed[name].numpy(), array)
+
+
+def test_the_memory_of_a_superseded_version_is_written_over(tmp_path: Path) -> None:
+    spare = tmp_path / f"{SPARE_PREFIX}1-v3.safetensors"
+    spare.touch(0o600)
+    inode = spare.stat().st_ino
+    tensors = {"w": np.arange(6, dtype=np.float32)}
+    push = write_push(tensors, version=4, base_version=3, dtype=None, directory=str(tmp_path))
+    (written,) = tmp_path.iterdir()
+    assert written.stat().st_ino == inode
+    assert build_manifest(written) == push.manifest
 
 
 def test_floating_point_is_rounded_to_the_served_dtype_and_the_rest_is_not(
