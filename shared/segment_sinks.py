@@ -104,8 +104,10 @@ class MappedFile:
 
     def __exit__(self, *exc_info: object) -> None:
         self._pool.shutdown()
-        self._bytes = None  # a mapping that is looked at cannot be closed
-        self._map.close()
+        self._bytes = None
+        # What interrupts a write still looks at the mapping, which then goes with it.
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
     def write(self, data: memoryview, digest: Any) -> None:
         """See ``SegmentSink``. ``data`` is free when this returns."""

@@ -15,7 +15,7 @@ import pytest
 from shared import segment_writer
 from shared.config.weights import WeightsConfig
 from shared.errors import WeightTransferError
-from shared.segment_sinks import MAPPED_CHUNK_BYTES, has_all_memory
+from shared.segment_sinks import MAPPED_CHUNK_BYTES, MappedFile, has_all_memory
 from shared.segment_writer import TensorSpec, write_segment
 from shared.spare_segments import SPARE_PREFIX, take_spare
 from shared.types import SegmentEncoding, TransportKind
@@ -171,6 +171,25 @@ def test_a_spare_needs_room_only_for_what_it_is_short_of(
     target(spare).rename(spare)
     write_segment(target(spare), specs_of([1 << 20]), produce_of(2), takes_spare=True)
     assert asked[1:] == [0]
+
+
+class InterruptedDigest:
+    """As by Ctrl-C in the middle of a piece."""
+
+    def update(self, chunk: memoryview) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_write_ends_as_interrupted(tmp_path: Path) -> None:
+    data = memoryview(bytes(3 * MAPPED_CHUNK_BYTES))
+    with (tmp_path / "file").open("wb+") as file:
+        file.write(data)
+        file.flush()
+        with (
+            pytest.raises(KeyboardInterrupt),
+            MappedFile(file.fileno(), len(data)) as sink,
+        ):
+            sink.write(data, InterruptedDigest())
 
 
 def test_a_file_with_holes_is_not_mapped(tmp_path: Path) -> None:
