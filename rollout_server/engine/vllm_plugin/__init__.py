@@ -8,9 +8,11 @@ What it changes in vLLM 0.32.0, all of it here:
 - steps without drafts run as without speculation (``plain_steps.py``);
 - steps with drafts verify them our way (``speculative_steps.py``);
 - min-p and logit bias work under speculation (``sampling_parameters.py``);
+- logprobs come without the texts of single tokens, which nobody reads (``bare_logprobs.py``);
 - on CPU, one kernel is repaired (``kernel_repair.py``), and so are seeded requests whose prompt is
-  prefilled in pieces (``seeded_prefill.py``), and token embeddings are packed only where something
-  multiplies with them (``embeddings.py``);
+  prefilled in pieces (``seeded_prefill.py``), token embeddings are packed only where something
+  multiplies with them (``embeddings.py``), and processes that wait for each other sleep
+  (``sleeping_waits.py``);
 - vLLM's processes end when they have shut down (``quick_exit.py``);
 - on CUDA, the target has full graphs for every draft length and the drafter for whole loops
   (``full_graphs.py``).
@@ -62,6 +64,7 @@ def register() -> None:
         apply_kernel_repair()
 
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.logprobs import LogprobsProcessor
     from vllm.v1.executor.multiproc_executor import WorkerProc
     from vllm.v1.worker import gpu_model_runner
 
@@ -70,6 +73,7 @@ def register() -> None:
     from rollout_server.engine.vllm_plugin import quick_exit
     from rollout_server.engine.vllm_plugin import sampling_parameters as parameters
     from rollout_server.engine.vllm_plugin import speculative_steps as speculative
+    from rollout_server.engine.vllm_plugin.bare_logprobs import without_token_texts
 
     gpu_model_runner.DraftModelProposer = SelfDraftProposer
     if not is_cpu:
@@ -91,16 +95,22 @@ def register() -> None:
         speculative.send_drafts_with_output(runner.sample_tokens)
     )
     runner.execute_model = plain.run_idle_steps_plainly(runner.execute_model)
+    LogprobsProcessor.from_new_request = without_token_texts(LogprobsProcessor.from_new_request)
     if is_cpu:
+        from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
         from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-        from rollout_server.engine.vllm_plugin import seeded_prefill
+        from rollout_server.engine.vllm_plugin import seeded_prefill, sleeping_waits
         from rollout_server.engine.vllm_plugin.embeddings import pack_when_used
 
         UnquantizedEmbeddingMethod.process_weights_after_loading = pack_when_used(
             UnquantizedEmbeddingMethod.process_weights_after_loading
         )
 
+        SpinCondition.record_read = sleeping_waits.sleep_after_first_message(
+            SpinCondition.record_read
+        )
+        SpinCondition.wait = sleeping_waits.sleep_for_a_while(SpinCondition.wait)
         runner.sample_tokens = seeded_prefill.sample_unfinished_prompts_without_seed(
             runner.sample_tokens
         )

@@ -77,6 +77,11 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
         "ParentRequest.get_outputs",
         ("child_request_id", "completion_output"),
     ),
+    Symbol(
+        "vllm.v1.engine.logprobs",
+        "LogprobsProcessor.from_new_request",
+        ("tokenizer", "request"),
+    ),
     Symbol("vllm.v1.engine.core", "EngineCore.set_weight_version"),
     Symbol("vllm.v1.engine.core", "EngineCore.post_step", ("model_executed",)),
     Symbol("vllm.v1.engine.core", "EngineCore.shutdown"),
@@ -190,6 +195,15 @@ REQUIRED_SYMBOLS: tuple[Symbol, ...] = (
 # Not here: the ``OPTIONAL_OPS`` of ``drafter/kernels``, which vLLM builds for some processors only.
 # Whoever uses one tries it at start and has another kernel to fall back on.
 CPU_SYMBOLS: tuple[Symbol, ...] = (
+    Symbol(
+        "vllm.distributed.device_communicators.shm_broadcast",
+        "SpinCondition.__init__",
+        ("is_reader", "busy_loop_s"),
+    ),
+    Symbol(
+        "vllm.distributed.device_communicators.shm_broadcast", "SpinCondition.wait", ("timeout_ms",)
+    ),
+    Symbol("vllm.distributed.device_communicators.shm_broadcast", "SpinCondition.record_read"),
     Symbol(
         "vllm.utils.cpu_triton_utils",
         "_expand_kernel_impl",
