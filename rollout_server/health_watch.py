@@ -9,6 +9,7 @@ from time import monotonic
 
 from rollout_server.engine.protocol import EngineHandle
 from rollout_server.health import (
+    EXPECTED_TO_PROGRESS,
     HealthLimits,
     Poll,
     Verdict,
@@ -54,6 +55,13 @@ class HealthWatch:
         vitals = self._vitals.get(engine.engine_id)
         self._judge(engine, after_timeout(vitals, self._clock(), engine.state))
 
+    def froze(self, engine: EngineHandle, reason: str) -> None:
+        """It owes an answer, and none of its processes does anything (``until_standstill``)."""
+        if engine.state not in EXPECTED_TO_PROGRESS:
+            return  # given up already, or in a push's pause, which watches for itself
+        sick = Verdict(health=EngineHealth.SICK, sickness=Sickness.FROZEN, reason=reason)
+        self._change(engine, sick)
+
     def forget_others(self, engines: Sequence[EngineHandle]) -> None:
         """Only these are left."""
         known = {engine.engine_id for engine in engines}
@@ -64,14 +72,15 @@ class HealthWatch:
     def _judge(self, engine: EngineHandle, vitals: Vitals) -> None:
         if engine.state is EngineState.DEAD:
             return  # an answer too late: somebody has given it up already
-        engine_id = engine.engine_id
-        verdict = judge(vitals, self._limits)
-        before = self.health(engine_id)
-        self._vitals[engine_id] = vitals
-        self._healths[engine_id] = verdict.health
+        self._vitals[engine.engine_id] = vitals
+        self._change(engine, judge(vitals, self._limits))
+
+    def _change(self, engine: EngineHandle, verdict: Verdict) -> None:
+        before = self.health(engine.engine_id)
+        self._healths[engine.engine_id] = verdict.health
         if verdict.health is before:
             return
-        with log_context(engine_id=engine_id):
+        with log_context(engine_id=engine.engine_id):
             self._act_on_change(engine, verdict)
 
     def _act_on_change(self, engine: EngineHandle, verdict: Verdict) -> None:

@@ -63,6 +63,8 @@ class StatusPoller:
         self._answered_s: dict[str, float] = {}
         self._errors: dict[str, str] = {}
         self._polls: dict[str, asyncio.Task[None]] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        """Of engines that owe a status."""
         self._loop_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -71,7 +73,7 @@ class StatusPoller:
 
     async def close(self) -> None:
         """Stop. Idempotent."""
-        tasks = [*self._polls.values()]
+        tasks = [*self._polls.values(), *self._watches.values()]
         if self._loop_task is not None:
             tasks.append(self._loop_task)
             self._loop_task = None
@@ -81,6 +83,7 @@ class StatusPoller:
             with suppress(asyncio.CancelledError):
                 await task
         self._polls.clear()
+        self._watches.clear()
 
     def statuses(self) -> list[EngineStatus]:
         """One record per engine of the pool: the last poll, with state and reservations of now."""
@@ -118,6 +121,8 @@ class StatusPoller:
                 for engine_id in cache.keys() - engines.keys():
                     del cache[engine_id]
             self._polls = {name: task for name, task in self._polls.items() if not task.done()}
+            for engine_id in self._watches.keys() - engines.keys():
+                self._watches.pop(engine_id).cancel()
             for engine_id, engine in engines.items():
                 if engine_id not in self._polls and engine.state not in SILENT_STATES:
                     self._polls[engine_id] = asyncio.create_task(
@@ -149,14 +154,31 @@ class StatusPoller:
             LOGGER.warning("status of engine %s failed: %s", engine_id, exc.message)
 
     async def _ask_for_status(self, engine: EngineHandle) -> EngineStatus:
+        self._watch(engine)
         try:
             async with asyncio.timeout(self._timeout_s):
                 status = await engine.status()
         except TimeoutError:
+            # It is watched on: the next question is the same to an engine that is frozen.
             self._health.timed_out(engine)
             raise
+        if (watch := self._watches.pop(engine.engine_id, None)) is not None:
+            watch.cancel()
         self._health.answered(engine, status)
         return status
+
+    def _watch(self, engine: EngineHandle) -> None:
+        """Until it has answered; one that froze is given up before its answers are too late."""
+        engine_id = engine.engine_id
+        watch = self._watches.get(engine_id)
+        if watch is None or watch.done():
+            self._watches[engine_id] = asyncio.create_task(
+                self._give_up_if_frozen(engine), name=f"watch {engine_id}"
+            )
+
+    async def _give_up_if_frozen(self, engine: EngineHandle) -> None:
+        with suppress(EngineError):  # it is dead already
+            self._health.froze(engine, await engine.until_standstill())
 
     def _status_of(self, engine: EngineHandle) -> EngineStatus:
         engine_id = engine.engine_id

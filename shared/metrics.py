@@ -112,7 +112,7 @@ POOL_LOSSES: Final = PREFIX + "pool_engine_losses_total"
 """Engines that did not start, died or were given up."""
 ENGINES_GIVEN_UP: Final = PREFIX + "engines_given_up_total"
 ENGINES_GIVEN_UP_LABELS: Final = ("reason",)
-"""``no_progress`` or ``no_status``."""
+"""``no_progress``, ``frozen`` or ``no_status``."""
 AUTOSCALING_CHANGES: Final = PREFIX + "autoscaling_changes_total"
 AUTOSCALING_LABELS: Final = ("reason",)
 """``shared.pool_types.ScalingReason``; those that change nothing stay at 0."""

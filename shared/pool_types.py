@@ -27,6 +27,8 @@ class Sickness(StrEnum):
 
     NO_PROGRESS = "no_progress"
     """It holds work and made no token for ``engine.progress_timeout_s``."""
+    FROZEN = "frozen"
+    """It owed an answer, and none of its processes did anything for ``engine.frozen_timeout_s``."""
     NO_STATUS = "no_status"
     """``engine.max_status_timeouts`` questions in a row were not answered in time."""
 

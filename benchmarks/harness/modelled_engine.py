@@ -149,6 +149,10 @@ class ModelledEngine:
         if self.state is EngineState.PAUSED:
             self.state = EngineState.SERVING
 
+    async def until_standstill(self) -> str:
+        await asyncio.Event().wait()
+        raise AssertionError("it has no processes that could freeze")
+
     async def status(self) -> EngineStatus:
         capacity = self._times.max_num_seqs
         return EngineStatus(

@@ -13,6 +13,12 @@ from rollout_server.engine.fence import Fence, FencedOffError
 from rollout_server.engine.footprint import Footprint, merged
 from rollout_server.engine.footprint_record import remove_own_traces
 from rollout_server.engine.lifecycle import EngineLifecycle
+from rollout_server.engine.standstill import (
+    Activity,
+    StandstillLimits,
+    activity_of,
+    until_standstill,
+)
 from shared.errors import EngineDeadError, EngineError, SlipstreamError, WeightCommitError
 from shared.types import EngineState
 
@@ -89,6 +95,16 @@ class ActorCalls:
             raise
         finally:
             watching.cancel()
+
+    async def until_standstill(self, actor: Any, limits: StandstillLimits) -> str:
+        """See ``standstill.until_standstill``."""
+
+        def look() -> Awaitable[Activity]:
+            reference = actor.__ray_call__.remote(activity_of)
+            # The watch has a limit of its own; this one only ends a call that is left behind.
+            return self.call(reference, "to look at itself", 2 * limits.answer_timeout_s)
+
+        return await until_standstill(look, limits)
 
     def _die_of(self, watching: asyncio.Task[str]) -> None:
         if not watching.cancelled() and watching.exception() is None:

@@ -25,6 +25,7 @@ from rollout_server.engine.protocol import (
     KnownTokens,
     SampleProgress,
 )
+from rollout_server.engine.standstill import StandstillLimits
 from rollout_server.engine.status import engine_status
 from rollout_server.engine.vllm_metrics import MetricText
 from rollout_server.engine.weight_calls import WeightCalls
@@ -50,7 +51,7 @@ class RayEngineHandle:
         self._actor: Any = None
         self._calls = ActorCalls(spec.engine_id)
         self._lifecycle = self._calls.lifecycle
-        self._weights = WeightCalls(spec, weights, self._calls, CONTROL_TIMEOUT_S)
+        self._weights = WeightCalls(spec, weights, self._calls)
         self._facts: EngineFacts | None = None
         self._footprint: Footprint | None = None
         self._node_id = ""
@@ -173,6 +174,10 @@ class RayEngineHandle:
             node_id=self._node_id,
             uptime_s=time.monotonic() - self._created_s,
         )
+
+    async def until_standstill(self) -> str:
+        limits = StandstillLimits.of(self.spec.engine, self.spec.device)
+        return await self._calls.until_standstill(self._actor, limits)
 
     async def speculation(self, since_step: int) -> EngineSpeculation:
         report: EngineSpeculation = await self._control(

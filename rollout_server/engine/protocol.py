@@ -149,6 +149,14 @@ class EngineHandle(Protocol):
 
     async def status(self) -> EngineStatus: ...
 
+    async def until_standstill(self) -> str:
+        """While it owes an answer: watch until it is frozen; the reason to give it up.
+
+        Raises:
+            EngineDeadError: it was given up otherwise.
+        """
+        ...
+
     async def speculation(self, since_step: int) -> EngineSpeculation: ...
 
     async def set_speculation(self, patch: SpeculationPatch) -> None: ...

@@ -1,25 +1,32 @@
-"""Tells an engine that is busy loading weights from one that stands still for good.
+"""Tells an engine that is busy from one that is frozen, by what its processes do.
 
-In a push's pause an engine computes no tokens and answers no status, so that nothing it owes tells
-whether it is alive; and all engines of the push wait for it. What its processes do tells: they load
-or pack, or wait for a disk. If for as long as is too long for a status none of them has done
-anything, it is frozen.
+An engine that owes an answer may compute a long step, pack weights or wait for a disk; in a push's
+pause it answers nothing, and all engines of the push wait for it. Its processes tell: one that is
+stopped, or deadlocked, does nothing for as long as anybody looks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import psutil
 
 from shared.config.engine import EngineConfig
-from shared.errors import EngineError
+from shared.errors import EngineDeadError, EngineError
 
 BUSY_SHARE = 0.01
-"""Of the time between two looks. vLLM's processes use less while they wait for each other."""
+"""Of the time. vLLM's processes use less while they wait for each other."""
+ON_CPU_S = 3.0
+"""Without ``engine.frozen_timeout_s``: whatever an engine does there takes processor time. Beside a
+GPU processes may sleep while it computes, so they get as long as for a status."""
+NUM_LOOKS = 4
+"""In ``engine.frozen_timeout_s``. A host that was suspended has only lost one when it goes on."""
+BUSY_STATES = frozenset({psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP})
+"""Computing, waiting for a processor or for memory; waiting for a disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +35,8 @@ class Activity:
 
     cpu_s: float
     """Since they started."""
-    waits_for_disk: bool
+    is_busy: bool
+    """One of them is computing, or waits for a processor or a disk."""
 
 
 def activity_of(_actor: object) -> Activity:
@@ -39,40 +47,46 @@ def activity_of(_actor: object) -> Activity:
 def activity_below(actor: psutil.Process) -> Activity:
     """The same of another process."""
     cpu_s = 0.0
-    waits_for_disk = False
+    is_busy = False
     for process in actor.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
             cpu_s += times.user + times.system
-            waits_for_disk |= process.status() == psutil.STATUS_DISK_SLEEP
-    return Activity(cpu_s=cpu_s, waits_for_disk=waits_for_disk)
+            is_busy |= process.status() in BUSY_STATES
+    return Activity(cpu_s=cpu_s, is_busy=is_busy)
 
 
-def is_still(before: Activity | None, now: Activity | None, interval_s: float) -> bool:
-    """Whether nothing was done between two looks (pure).
+def stood_still(looks: Sequence[Activity], duration_s: float) -> bool:
+    """Whether nothing was done from the first look to the last (pure).
 
     Args:
-        before, now: None where there was no answer: the actor itself may be what stands still.
+        duration_s: from the first to the last.
     """
-    if now is None:
-        return True
-    if before is None:
+    if any(look.is_busy for look in looks):
         return False
-    return not now.waits_for_disk and now.cpu_s - before.cpu_s < BUSY_SHARE * interval_s
+    return looks[-1].cpu_s - looks[0].cpu_s < BUSY_SHARE * duration_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StandstillLimits:
     """Settings of ``engine``."""
 
-    interval_s: float
-    max_still: int
-    """So many looks in a row at which nothing was done."""
+    frozen_timeout_s: float
+    answer_timeout_s: float
+    """``engine.status_timeout_s``: of each look."""
+    max_unanswered: int
+    """``engine.max_status_timeouts``: so many looks in a row without an answer."""
 
     @classmethod
-    def of(cls, engine: EngineConfig) -> StandstillLimits:
-        """Those of the status that such an engine cannot answer."""
-        return cls(interval_s=engine.status_timeout_s, max_still=engine.max_status_timeouts)
+    def of(cls, engine: EngineConfig, device: str) -> StandstillLimits:
+        """From the configuration; ``device`` is what the engine computes on, never ``auto``."""
+        on_cuda_s = engine.status_timeout_s * engine.max_status_timeouts
+        default_s = ON_CPU_S if device == "cpu" else on_cuda_s
+        return cls(
+            frozen_timeout_s=engine.frozen_timeout_s or default_s,
+            answer_timeout_s=engine.status_timeout_s,
+            max_unanswered=engine.max_status_timeouts,
+        )
 
 
 async def until_standstill(
@@ -80,22 +94,36 @@ async def until_standstill(
 ) -> str:
     """Watch until the engine stands still; the reason to give it up, in words. Else for ever.
 
-    The first look is after an interval: a load that is done by then is not disturbed by any.
+    The first look is after an interval: what is done by then is not disturbed by any.
 
     Args:
         look: raises ``EngineError`` where there is no answer.
+
+    Raises:
+        EngineDeadError: it was given up otherwise.
     """
-    last: Activity | None = None
-    num_still = 0
-    while num_still < limits.max_still:
-        await asyncio.sleep(limits.interval_s)
-        now: Activity | None = None
-        with contextlib.suppress(EngineError, TimeoutError):
-            async with asyncio.timeout(limits.interval_s):
-                now = await look()
-        num_still = num_still + 1 if is_still(last, now, limits.interval_s) else 0
-        last = now
+    interval_s = limits.frozen_timeout_s / NUM_LOOKS
+    looks: deque[Activity] = deque(maxlen=NUM_LOOKS + 1)
+    num_unanswered = 0
+    while num_unanswered < limits.max_unanswered:
+        await asyncio.sleep(interval_s)
+        try:
+            async with asyncio.timeout(limits.answer_timeout_s):
+                looks.append(await look())
+        except EngineDeadError:
+            raise
+        except (EngineError, TimeoutError):
+            # The actor itself is stopped, or too busy: its processes are not known to be still.
+            num_unanswered += 1
+            looks.clear()
+            continue
+        num_unanswered = 0
+        if len(looks) > NUM_LOOKS and stood_still(looks, limits.frozen_timeout_s):
+            return (
+                f"none of its processes did anything for {limits.frozen_timeout_s:g} s "
+                "(engine.frozen_timeout_s)"
+            )
     return (
-        f"none of its processes did anything, {num_still} times in a row (engine."
-        f"max_status_timeouts) for {limits.interval_s:g} s (engine.status_timeout_s)"
+        f"it did not tell what its processes do within {limits.answer_timeout_s:g} s "
+        f"(engine.status_timeout_s) {num_unanswered} times in a row (engine.max_status_timeouts)"
     )

@@ -8,7 +8,7 @@ from typing import Any
 from rollout_server.engine.actor_calls import ActorCalls
 from rollout_server.engine.arguments import EngineSpec
 from rollout_server.engine.background_rebuild import BackgroundRebuild
-from rollout_server.engine.standstill import StandstillLimits, activity_of, until_standstill
+from rollout_server.engine.standstill import StandstillLimits
 from shared.config.weights import WeightsConfig
 from shared.schemas.weights import EngineAudit, EngineCommitTimings, WeightManifest
 from shared.types import DrafterRebuild, EngineState
@@ -19,18 +19,14 @@ class WeightCalls:
 
     Args:
         calls: the handle's; of its lifecycle a push moves SERVING to SYNCING and back.
-        look_timeout_s: within which an engine's processes are looked at.
     """
 
-    def __init__(
-        self, spec: EngineSpec, weights: WeightsConfig, calls: ActorCalls, look_timeout_s: float
-    ) -> None:
+    def __init__(self, spec: EngineSpec, weights: WeightsConfig, calls: ActorCalls) -> None:
         self.committed_version = 0
         self.drafter = BackgroundRebuild()
         self._spec = spec
         self._weights = weights
         self._calls = calls
-        self._look_timeout_s = look_timeout_s
         self._state_before_sync = EngineState.SERVING
         self._stage_s: dict[int, float] = {}
 
@@ -115,10 +111,6 @@ class WeightCalls:
     ) -> Any:
         """A call after whose failure nobody knows what the engine's weights are, and in which no
         status tells whether it is alive."""
-
-        def look() -> Awaitable[Any]:
-            reference = actor.__ray_call__.remote(activity_of)
-            return self._calls.call(reference, "to look at itself", self._look_timeout_s)
-
-        watch = until_standstill(look, StandstillLimits.of(self._spec.engine))
+        limits = StandstillLimits.of(self._spec.engine, self._spec.device)
+        watch = self._calls.until_standstill(actor, limits)
         return await self._calls.call_or_die(reference, purpose, timeout_s, watch)

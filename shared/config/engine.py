@@ -87,6 +87,10 @@ class EngineConfig(SettingsModel):
     """How long an engine may take to answer for its load. It answers between two steps."""
     max_status_timeouts: int = Field(default=3, ge=1)
     """So many in a row, and the engine is given up and replaced."""
+    frozen_timeout_s: float | None = Field(default=None, ge=1.0)
+    """An engine that owes an answer while none of its processes does anything for so long is given
+    up and replaced. Absent: 3 on `cpu`, where every step takes processor time; on `cuda`
+    `status_timeout_s` times `max_status_timeouts`: processes may sleep while a GPU computes."""
     progress_timeout_s: float = Field(default=120.0, gt=0)
     """An engine that holds work and makes no token for so long is given up and replaced. Longer
     than its slowest step."""

@@ -61,6 +61,8 @@ class FakeEngine:
     unblocked: asyncio.Event = field(default_factory=asyncio.Event)
     metrics_unblocked: asyncio.Event = field(default_factory=asyncio.Event)
     """Clear it, and the engine never answers for its metrics until it is set."""
+    frozen: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set it, and whoever watches it finds it frozen."""
     num_metrics_asked: int = 0
     vllm_registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     requests: list[GenerateRequest] = field(default_factory=list)
@@ -165,6 +167,10 @@ class FakeEngine:
         return fake_status(
             self.engine_id, self.node_id, self.state, self.committed_version, self.num_running
         )
+
+    async def until_standstill(self) -> str:
+        await self.frozen.wait()
+        return "it was frozen"
 
     async def speculation(self, since_step: int) -> EngineSpeculation:
         self._raise_if_failing()

@@ -32,8 +32,15 @@ class StuckEngine(FakeEngine):
 
     num_tokens = 10
     answers = True
+    num_asked = 0
+    num_watches = 0
+
+    async def until_standstill(self) -> str:
+        self.num_watches += 1
+        return await super().until_standstill()
 
     async def status(self) -> EngineStatus:
+        self.num_asked += 1
         if not self.answers:
             await asyncio.Event().wait()
         status = await super().status()
@@ -97,6 +104,47 @@ async def test_the_poller_gives_up_an_engine_that_does_not_answer_and_no_other()
     assert well.state is EngineState.SERVING
     assert f'{names.ENGINES_GIVEN_UP}{{reason="no_status"}} 1.0' in text
     assert f'{names.ENGINES_GIVEN_UP}{{reason="no_progress"}} 0.0' in text
+
+
+async def test_an_engine_that_freezes_is_given_up_before_its_answers_are_too_late() -> None:
+    frozen, well = StuckEngine("frozen"), FakeEngine("well")
+    service = fake_service([frozen, well])
+    async with running(service) as client:
+        await until(lambda: service.status_poller.kv_capacity_tokens("frozen"), "a first answer")
+        frozen.answers = False
+        frozen.frozen.set()
+        well.frozen.set()  # it answers: nobody looks what its processes do
+        await until(lambda: frozen.state is EngineState.DEAD, "the engine to be given up")
+        text = (await client.get("/metrics")).text
+    assert frozen.error == "it was frozen"
+    assert well.state is EngineState.SERVING
+    assert f'{names.ENGINES_GIVEN_UP}{{reason="frozen"}} 1.0' in text
+    assert f'{names.ENGINES_GIVEN_UP}{{reason="no_status"}} 0.0' in text
+
+
+async def test_an_engine_is_watched_on_from_one_late_answer_to_the_next() -> None:
+    """A frozen engine is looked at for longer than one answer is waited for."""
+    frozen = StuckEngine("frozen")
+    service = fake_service([frozen], engine={"status_timeout_s": 0.02, "max_status_timeouts": 1000})
+    async with running(service):
+        await until(lambda: service.status_poller.kv_capacity_tokens("frozen"), "a first answer")
+        frozen.answers = False
+        num_asked = frozen.num_asked
+        await until(lambda: frozen.num_asked > num_asked + 2, "late answers")
+        num_watches = frozen.num_watches
+        await until(lambda: frozen.num_asked > num_asked + 5, "more of them")
+        assert frozen.num_watches == num_watches
+        frozen.frozen.set()
+        await until(lambda: frozen.state is EngineState.DEAD, "the engine to be given up")
+    assert service.health.num_sick == {Sickness.FROZEN: 1}
+
+
+async def test_one_that_freezes_in_a_push_is_left_to_the_push() -> None:
+    engine = StuckEngine("a", state=EngineState.SYNCING)
+    watch = HealthWatch(LIMITS)
+    watch.froze(engine, "it was frozen")
+    assert engine.state is EngineState.SYNCING
+    assert watch.num_sick == {}
 
 
 async def test_the_health_of_an_engine_is_listed() -> None:

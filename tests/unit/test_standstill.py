@@ -16,41 +16,55 @@ import pytest
 
 from rollout_server.engine.actor_calls import ActorCalls
 from rollout_server.engine.standstill import (
+    NUM_LOOKS,
     Activity,
     StandstillLimits,
     activity_below,
     activity_of,
-    is_still,
+    stood_still,
     until_standstill,
 )
-from shared.errors import EngineError, WeightCommitError
+from shared.config.engine import EngineConfig
+from shared.errors import EngineDeadError, EngineError, WeightCommitError
 from shared.types import EngineState
 
-LIMITS = StandstillLimits(interval_s=0.01, max_still=3)
+LIMITS = StandstillLimits(frozen_timeout_s=0.04, answer_timeout_s=0.02, max_unanswered=3)
 LONG_S = 5.0
 
 
-def seen(cpu_s: float, *, waits_for_disk: bool = False) -> Activity:
-    return Activity(cpu_s=cpu_s, waits_for_disk=waits_for_disk)
+def seen(cpu_s: float, *, is_busy: bool = False) -> Activity:
+    return Activity(cpu_s=cpu_s, is_busy=is_busy)
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "expected"),
+    ("looks", "expected"),
     [
-        (seen(1.0), seen(1.5), False),
-        (seen(1.0), seen(1.0), True),
-        (seen(1.0), seen(1.005), True),  # looks after each other now and then
-        (seen(1.0), seen(1.0, waits_for_disk=True), False),
-        (None, seen(1.0), False),  # the first look, or the first answer after none
-        (seen(1.0), None, True),
-        (None, None, True),
-        (seen(2.0), seen(1.0), True),  # one of them is gone
+        ([seen(1.0), seen(1.0), seen(1.0)], True),
+        ([seen(1.0), seen(1.0), seen(1.03)], True),  # looks after each other now and then
+        ([seen(1.0), seen(1.02), seen(1.04)], False),  # it adds up
+        ([seen(1.0), seen(1.0, is_busy=True), seen(1.0)], False),
+        ([seen(2.0), seen(2.0), seen(1.0)], True),  # one of them is gone
     ],
 )
-def test_who_does_nothing_is_still(
-    before: Activity | None, now: Activity | None, expected: bool
+def test_who_does_nothing_is_still(looks: list[Activity], expected: bool) -> None:
+    assert stood_still(looks, 4.0) is expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "expected_s"),
+    [
+        ({}, "cpu", 3.0),
+        ({}, "cuda", 24.0),
+        ({"status_timeout_s": 5.0, "max_status_timeouts": 2}, "cuda", 10.0),
+        ({"frozen_timeout_s": 7.0}, "cpu", 7.0),
+        ({"frozen_timeout_s": 7.0}, "cuda", 7.0),
+    ],
+)
+def test_processes_may_sleep_for_longer_beside_a_gpu(
+    settings: dict[str, Any], device: str, expected_s: float
 ) -> None:
-    assert is_still(before, now, 1.0) is expected
+    limits = StandstillLimits.of(EngineConfig(**settings), device)
+    assert limits.frozen_timeout_s == expected_s
 
 
 class Looks:
@@ -68,21 +82,42 @@ class Looks:
         return look
 
 
-async def test_so_many_looks_in_a_row_and_not_one_less() -> None:
-    looks = Looks(seen(1), seen(1), seen(1), seen(2), seen(2), None, seen(3), seen(3), seen(3))
+async def test_nothing_has_to_be_done_for_as_long_as_the_limit_says() -> None:
+    still = [seen(1)] * NUM_LOOKS
+    again = [seen(2)] * NUM_LOOKS
+    looks = Looks(*still, *again, seen(2, is_busy=True), *again, None, *again, seen(2), seen(9))
     async with asyncio.timeout(LONG_S):
         reason = await until_standstill(looks, LIMITS)
-    assert looks.num_left == 1, "two in a row were not enough, three times"
-    assert "3 times in a row" in reason
+    assert looks.num_left == 1, "one look less was not enough, four times"
+    assert "engine.frozen_timeout_s" in reason
 
 
-async def test_an_actor_that_does_not_answer_in_time_stands_still_too() -> None:
+async def test_an_actor_that_does_not_answer_has_longer() -> None:
+    """What its processes do nobody knows."""
+
     async def look() -> Activity:
         await asyncio.sleep(LONG_S)
         raise AssertionError("nobody waits for so long")
 
     async with asyncio.timeout(LONG_S):
-        assert "3 times in a row" in await until_standstill(look, LIMITS)
+        reason = await until_standstill(look, LIMITS)
+    assert "3 times in a row (engine.max_status_timeouts)" in reason
+
+
+async def test_an_actor_that_answers_in_between_has_longer_still() -> None:
+    looks = Looks(None, None, seen(1), None, None, seen(2), None, None, None, seen(3))
+    async with asyncio.timeout(LONG_S):
+        assert "3 times in a row" in await until_standstill(looks, LIMITS)
+    assert looks.num_left == 1
+
+
+async def test_the_watch_of_an_engine_that_is_dead_ends() -> None:
+    async def look() -> Activity:
+        raise EngineDeadError("engine-3 is dead")
+
+    async with asyncio.timeout(LONG_S):
+        with pytest.raises(EngineDeadError):
+            await until_standstill(look, LIMITS)
 
 
 async def never() -> Any:
@@ -142,10 +177,12 @@ async def test_a_stopped_process_does_nothing(parent: psutil.Process) -> None:
                 pass
 
     await until_it_computes()
+    assert activity_below(parent).is_busy
     (child,) = parent.children()
     child.suspend()
     await cpu_s_after(0.1)
     assert await cpu_s_after(0.3) == 0
+    assert not activity_below(parent).is_busy
     child.resume()
     await until_it_computes()
 
