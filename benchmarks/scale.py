@@ -2,8 +2,9 @@
 
 With real engines of one core each (``medium-160m``), the real server, Ray and HTTP, on two cores:
 two engines against one, alternating, with as many clients per engine on both sides; then 1, 2, 4
-and 1 engines in turn by ``PUT /v1/engines`` while clients go on, every answer looked into. With 64
-engines in memory: how long a group is with the router while 2,000 are in flight.
+and 1 engines in turn by ``PUT /v1/engines`` while clients go on, every answer looked into. Then two
+engines of vLLM alone against one, which is what the machine allows. With 64 engines in memory: how
+long a group is with the router while 2,000 are in flight.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from benchmarks.harness.bars import judged
 from benchmarks.harness.checked_load import GroupShape, checked_loop, group_request
 from benchmarks.harness.engines import ensure_model
+from benchmarks.harness.plain_engines import measure_plain
 from benchmarks.harness.real_server import RealServer
 from benchmarks.harness.results import print_last_line, write_result
 from benchmarks.harness.router_load import RouterPlan, measure_router, router_figures
@@ -140,6 +142,15 @@ def throughput_figures(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
     }
 
 
+def plain_figures(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """What two engines of vLLM without a service make of one."""
+    ratios = [one["ratio"] for one in rounds]
+    return {
+        "plain_vllm_ratio": round(statistics.median(ratios), 3),
+        "plain_vllm_ratio_spread": [round(min(ratios), 3), round(max(ratios), 3)],
+    }
+
+
 async def measure_engines(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both questions to real engines, on one server; figures and what is behind them."""
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -168,14 +179,19 @@ async def measure_engines(options: argparse.Namespace) -> tuple[dict[str, Any], 
             ),
         )
     figures = elastic_figures(elastic, shape)
+    plain = measure_plain(
+        model, cores, CLIENTS_PER_ENGINE * options.n, options.tokens, options.repeats
+    )
     result = {
         **throughput_figures(rounds),
+        **plain_figures(plain),
         "engines_confined": options.confine,
         "failed_requests": figures.pop("failed_requests"),
         "elastic": figures,
     }
     raw = {
         "throughput": rounds,
+        "plain": plain,
         "timeline": timeline(elastic, TIMELINE_INTERVAL_S),
         "requests": [asdict(outcome) for outcome in elastic.outcomes],
     }

@@ -84,8 +84,11 @@ def scale_table(document: dict[str, Any]) -> str:
             f"{result['failed_requests']} failed, and the longest took "
             f"{elastic['longest_latency_s']:.1f} s. Two engines of one core each make "
             f"{result['two_engine_ratio']:.2f} ({spread(result['two_engine_ratio_spread'], 2)}) "
-            f"times the tokens of one. With 64 engines without a model and 2,000 requests in "
-            f"flight a group is with the router for {result['router_ms_p50']:.2f} ms (median). "
+            f"times the tokens of one; two of vLLM alone, without a service, make "
+            f"{result['plain_vllm_ratio']:.2f} "
+            f"({spread(result['plain_vllm_ratio_spread'], 2)}) here. "
+            f"With 64 engines without a model and 2,000 requests in flight a group is "
+            f"with the router for {result['router_ms_p50']:.2f} ms (median). "
             f"{_judged(result)} Medians of {result['repeats']} repeats (spread). "
             f"{circumstances(document)}",
         ]
