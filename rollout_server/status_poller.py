@@ -145,7 +145,7 @@ class StatusPoller:
             self._errors[engine_id] = exc.message
         except TimeoutError:
             LOGGER.warning(
-                "engine %s did not answer within %g s (engine.status_timeout_s)",
+                "engine %s did not tell of its speculation within %g s (engine.status_timeout_s)",
                 engine_id,
                 self._timeout_s,
             )
@@ -154,18 +154,31 @@ class StatusPoller:
             LOGGER.warning("status of engine %s failed: %s", engine_id, exc.message)
 
     async def _ask_for_status(self, engine: EngineHandle) -> EngineStatus:
-        self._watch(engine)
+        """Ask again at once while it is late: what it owes is the same, and it is watched on."""
         try:
-            async with asyncio.timeout(self._timeout_s):
-                status = await engine.status()
-        except TimeoutError:
-            # It is watched on: the next question is the same to an engine that is frozen.
-            self._health.timed_out(engine)
-            raise
-        if (watch := self._watches.pop(engine.engine_id, None)) is not None:
-            watch.cancel()
+            while True:
+                self._watch(engine)
+                try:
+                    async with asyncio.timeout(self._timeout_s):
+                        status = await engine.status()
+                    break
+                except TimeoutError:
+                    self._note_late(engine)
+        finally:
+            if (watch := self._watches.pop(engine.engine_id, None)) is not None:
+                watch.cancel()
         self._health.answered(engine, status)
         return status
+
+    def _note_late(self, engine: EngineHandle) -> None:
+        LOGGER.warning(
+            "engine %s did not answer within %g s (engine.status_timeout_s)",
+            engine.engine_id,
+            self._timeout_s,
+        )
+        self._health.timed_out(engine)
+        if engine.state in SILENT_STATES:
+            raise EngineDeadError(f"engine {engine.engine_id} was given up: {engine.error}")
 
     def _watch(self, engine: EngineHandle) -> None:
         """Until it has answered; one that froze is given up before its answers are too late."""

@@ -1,8 +1,7 @@
-"""What two cores make of two engines when nothing else is there: vLLM alone, without our plugin.
+"""What two engines make of one on two cores where nothing else runs: vLLM without our plugin.
 
-Each engine is vLLM's own ``LLM`` in a process of its own, computing on one core, with as many
-sequences as an engine of ``bench-scale`` has. What two of them make of one, alternating, is what
-the machine allows; a service on top can only make less of it.
+Each engine is vLLM's own ``LLM``, computing on one core, with as many sequences as an engine of
+``bench-scale`` has; no server, no Ray. As there, one and two of them take turns.
 """
 
 from __future__ import annotations
@@ -26,20 +25,26 @@ NUM_BATCHES = 4
 
 
 class PlainEngine:
-    """A child process; ``begin`` and ``tokens_per_s`` belong together.
+    """A child process; ``begin`` and ``seconds`` belong together.
 
     Args:
         num_seqs: of a batch; all of its sequences are equally long.
     """
 
     def __init__(self, model: Path, core: int, num_seqs: int, num_tokens: int) -> None:
+        self.num_tokens = NUM_BATCHES * num_seqs * num_tokens
         options = [str(model), str(core), str(num_seqs), str(num_tokens)]
         environment = {
             "SLIPSTREAM_VLLM_PLUGIN": "0",
             "VLLM_CPU_OMP_THREADS_BIND": str(core),
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "OMP_NUM_THREADS": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_USE_V2_MODEL_RUNNER": "0",
         }
+        library = Path(sys.prefix) / "lib" / "libiomp5.so"
+        if library.is_file():  # as in engines of ours
+            environment["LD_PRELOAD"] = str(library)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.harness.plain_engines", *options],
             stdin=subprocess.PIPE,
@@ -59,12 +64,12 @@ class PlainEngine:
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
 
-    def tokens_per_s(self) -> float:
+    def seconds(self) -> float:
         """Of what ``begin`` began, when it is done."""
         while True:
             line = self._line()
             if line.startswith("{"):
-                return float(json.loads(line)["tokens_per_s"])
+                return float(json.loads(line)["seconds"])
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -114,7 +119,7 @@ def measure_plain(
 def _rate(engines: Sequence[PlainEngine]) -> float:
     for engine in engines:
         engine.begin()
-    return sum(engine.tokens_per_s() for engine in engines)
+    return sum(e.num_tokens for e in engines) / max(e.seconds() for e in engines)
 
 
 def _serve(model: str, num_seqs: int, num_tokens: int) -> None:
@@ -150,9 +155,7 @@ def _serve(model: str, num_seqs: int, num_tokens: int) -> None:
         started = time.perf_counter()
         for _ in range(NUM_BATCHES):
             llm.generate(prompts, sampling, use_tqdm=False)
-        elapsed_s = time.perf_counter() - started
-        rate = NUM_BATCHES * num_seqs * num_tokens / elapsed_s
-        print(json.dumps({"tokens_per_s": rate}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
 
 
 def main() -> int:

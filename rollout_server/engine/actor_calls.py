@@ -101,7 +101,7 @@ class ActorCalls:
 
         def look() -> Awaitable[Activity]:
             reference = actor.__ray_call__.remote(activity_of)
-            # The watch has a limit of its own; this one only ends a call that is left behind.
+            # Longer than the watch waits for a look.
             return self.call(reference, "to look at itself", 2 * limits.answer_timeout_s)
 
         return await until_standstill(look, limits)

@@ -176,7 +176,10 @@ class RayEngineHandle:
         )
 
     async def until_standstill(self) -> str:
-        limits = StandstillLimits.of(self.spec.engine, self.spec.device)
+        # An actor that does not answer is not known to stand still; its late statuses count.
+        limits = replace(
+            StandstillLimits.of(self.spec.engine, self.spec.device), max_unanswered=None
+        )
         return await self._calls.until_standstill(self._actor, limits)
 
     async def speculation(self, since_step: int) -> EngineSpeculation:

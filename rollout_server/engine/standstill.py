@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -24,7 +24,8 @@ ON_CPU_S = 3.0
 """Without ``engine.frozen_timeout_s``: whatever an engine does there takes processor time. Beside a
 GPU processes may sleep while it computes, so they get as long as for a status."""
 NUM_LOOKS = 4
-"""In ``engine.frozen_timeout_s``. A host that was suspended has only lost one when it goes on."""
+"""After the first, in ``engine.frozen_timeout_s``. A host that was suspended has only lost one when
+it goes on."""
 BUSY_STATES = frozenset({psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP})
 """Computing, waiting for a processor or for memory; waiting for a disk."""
 
@@ -37,6 +38,8 @@ class Activity:
     """Since they started."""
     is_busy: bool
     """One of them is computing, or waits for a processor or a disk."""
+    stopped: Mapping[int, float]
+    """Those that are stopped (SIGSTOP): pid, and processor seconds."""
 
 
 def activity_of(_actor: object) -> Activity:
@@ -48,20 +51,28 @@ def activity_below(actor: psutil.Process) -> Activity:
     """The same of another process."""
     cpu_s = 0.0
     is_busy = False
+    stopped = {}
     for process in actor.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
             cpu_s += times.user + times.system
-            is_busy |= process.status() in BUSY_STATES
-    return Activity(cpu_s=cpu_s, is_busy=is_busy)
+            status = process.status()
+            is_busy |= status in BUSY_STATES
+            if status == psutil.STATUS_STOPPED:
+                stopped[process.pid] = times.user + times.system
+    return Activity(cpu_s=cpu_s, is_busy=is_busy, stopped=stopped)
 
 
 def stood_still(looks: Sequence[Activity], duration_s: float) -> bool:
-    """Whether nothing was done from the first look to the last (pure).
+    """Whether nothing was done from the first look to the last, or one process was stopped all the
+    time (pure).
 
     Args:
         duration_s: from the first to the last.
     """
+    for pid, cpu_s in looks[0].stopped.items():
+        if all(look.stopped.get(pid) == cpu_s for look in looks):
+            return True  # whatever the others do: some spin while they wait for it
     if any(look.is_busy for look in looks):
         return False
     return looks[-1].cpu_s - looks[0].cpu_s < BUSY_SHARE * duration_s
@@ -74,8 +85,8 @@ class StandstillLimits:
     frozen_timeout_s: float
     answer_timeout_s: float
     """``engine.status_timeout_s``: of each look."""
-    max_unanswered: int
-    """``engine.max_status_timeouts``: so many looks in a row without an answer."""
+    max_unanswered: int | None
+    """``engine.max_status_timeouts``: so many looks in a row without an answer; None: any."""
 
     @classmethod
     def of(cls, engine: EngineConfig, device: str) -> StandstillLimits:
@@ -105,7 +116,7 @@ async def until_standstill(
     interval_s = limits.frozen_timeout_s / NUM_LOOKS
     looks: deque[Activity] = deque(maxlen=NUM_LOOKS + 1)
     num_unanswered = 0
-    while num_unanswered < limits.max_unanswered:
+    while limits.max_unanswered is None or num_unanswered < limits.max_unanswered:
         await asyncio.sleep(interval_s)
         try:
             async with asyncio.timeout(limits.answer_timeout_s):

@@ -7,7 +7,7 @@ import time
 import psutil
 
 HALT_S = 2.0
-"""Longer than a status takes, shorter than ``engine.progress_timeout_s``."""
+"""Longer than a status takes, shorter than ``engine.frozen_timeout_s``."""
 SLOW_S = 8.0
 SLOW_SLICE_S = 0.2
 

@@ -13,7 +13,7 @@ class Victim(StrEnum):
     ENGINE = "engine"
     ENGINE_CORE = "engine core"
     FROZEN_ENGINE_CORE = "frozen engine core"
-    """SIGSTOP, for good: it has to be found by the answers that it owes."""
+    """SIGSTOP, for good: it has to be found by what it does not do."""
     HALTED_ENGINE_CORE = "halted engine core"
     """SIGSTOP, and SIGCONT soon after: nobody may replace it."""
     SLOW_ENGINE_CORE = "slow engine core"

@@ -13,7 +13,8 @@ from rollout_server.engine.vllm_plugin import sleeping_waits
 shm_broadcast = pytest.importorskip("vllm.distributed.device_communicators.shm_broadcast")
 
 FOUND_S = 15.0
-"""Longer than the longest sleep by far, and shorter than without a limit."""
+NEVER_MS = 60_000
+"""Without a wake-up: longer than is waited for a message."""
 
 
 class Reader:
@@ -43,10 +44,8 @@ class Reader:
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[shm_broadcast.MessageQueue, Reader]]:
     condition = shm_broadcast.SpinCondition
-    monkeypatch.setattr(
-        condition, "record_read", sleeping_waits.sleep_after_first_message(condition.record_read)
-    )
-    monkeypatch.setattr(condition, "wait", sleeping_waits.sleep_for_a_while(condition.wait))
+    monkeypatch.setattr(condition, "wait", sleeping_waits.nap_instead_of_spinning(condition.wait))
+    monkeypatch.setattr(condition, "notify", sleeping_waits.notify_in_any_case(condition.notify))
     writer = shm_broadcast.MessageQueue(1, 1, local_reader_ranks=[0])
     reader = Reader(writer)
     ready = reader._pool.submit(reader.queue.wait_until_ready)
@@ -76,12 +75,27 @@ def test_a_message_whose_wake_up_was_lost_is_found_all_the_same(
     ends: tuple[shm_broadcast.MessageQueue, Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer, reader = ends
-    first = reader.read()
-    writer.enqueue("first")
-    first.result(timeout=30)
-    monkeypatch.setattr(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", 60_000)
-    second = reader.read()
-    time.sleep(0.1)
+    monkeypatch.setattr(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", NEVER_MS)
     monkeypatch.setattr(shm_broadcast.SpinCondition, "notify", lambda condition: None)
-    writer.enqueue("second")
-    assert second.result(timeout=FOUND_S)[0] == "second"
+    for number in range(3):
+        next_one = reader.read()
+        time.sleep(0.1)
+        writer.enqueue(number)
+        assert next_one.result(timeout=FOUND_S)[0] == number
+
+
+def test_messages_right_after_each_other_all_wake(
+    ends: tuple[shm_broadcast.MessageQueue, Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second within a millisecond of the first, and when that was read."""
+    writer, reader = ends
+    monkeypatch.setattr(shm_broadcast, "SHM_READER_RECHECK_INTERVAL_MS", NEVER_MS)
+    monkeypatch.setattr(sleeping_waits, "LONGEST_NAP_MS", NEVER_MS)
+    for number in range(50):
+        first = reader.read()
+        writer.enqueue(("first", number))
+        first.result(timeout=FOUND_S)
+        second = reader.read()
+        time.sleep(0.0003)  # it sleeps by now
+        writer.enqueue(("second", number))
+        assert second.result(timeout=FOUND_S)[0] == ("second", number)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -32,8 +33,13 @@ LIMITS = StandstillLimits(frozen_timeout_s=0.04, answer_timeout_s=0.02, max_unan
 LONG_S = 5.0
 
 
-def seen(cpu_s: float, *, is_busy: bool = False) -> Activity:
-    return Activity(cpu_s=cpu_s, is_busy=is_busy)
+def seen(cpu_s: float, *, is_busy: bool = False, stopped: Any = None) -> Activity:
+    return Activity(cpu_s=cpu_s, is_busy=is_busy, stopped=stopped or {})
+
+
+def spins(cpu_s: float, stopped_cpu_s: float) -> Activity:
+    """Process 1 is stopped, and another spins while it waits for it."""
+    return seen(cpu_s, is_busy=True, stopped={1: stopped_cpu_s})
 
 
 @pytest.mark.parametrize(
@@ -44,6 +50,9 @@ def seen(cpu_s: float, *, is_busy: bool = False) -> Activity:
         ([seen(1.0), seen(1.02), seen(1.04)], False),  # it adds up
         ([seen(1.0), seen(1.0, is_busy=True), seen(1.0)], False),
         ([seen(2.0), seen(2.0), seen(1.0)], True),  # one of them is gone
+        ([spins(1.0, 0.5), spins(3.0, 0.5), spins(5.0, 0.5)], True),
+        ([spins(1.0, 0.5), seen(3.0, is_busy=True), spins(5.0, 0.5)], False),  # for a moment
+        ([spins(1.0, 0.5), spins(3.0, 0.6), spins(5.0, 0.6)], False),  # again and again
     ],
 )
 def test_who_does_nothing_is_still(looks: list[Activity], expected: bool) -> None:
@@ -102,6 +111,14 @@ async def test_an_actor_that_does_not_answer_has_longer() -> None:
     async with asyncio.timeout(LONG_S):
         reason = await until_standstill(look, LIMITS)
     assert "3 times in a row (engine.max_status_timeouts)" in reason
+
+
+async def test_a_watch_without_a_limit_for_it_waits_for_the_actor() -> None:
+    looks = Looks(*[None] * 10, *[seen(1)] * NUM_LOOKS, seen(1), seen(9))
+    async with asyncio.timeout(LONG_S):
+        reason = await until_standstill(looks, replace(LIMITS, max_unanswered=None))
+    assert "engine.frozen_timeout_s" in reason
+    assert looks.num_left == 1
 
 
 async def test_an_actor_that_answers_in_between_has_longer_still() -> None:
@@ -183,6 +200,7 @@ async def test_a_stopped_process_does_nothing(parent: psutil.Process) -> None:
     await cpu_s_after(0.1)
     assert await cpu_s_after(0.3) == 0
     assert not activity_below(parent).is_busy
+    assert activity_below(parent).stopped.keys() == {child.pid}
     child.resume()
     await until_it_computes()
 

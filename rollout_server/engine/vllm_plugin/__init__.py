@@ -107,10 +107,8 @@ def register() -> None:
             UnquantizedEmbeddingMethod.process_weights_after_loading
         )
 
-        SpinCondition.record_read = sleeping_waits.sleep_after_first_message(
-            SpinCondition.record_read
-        )
-        SpinCondition.wait = sleeping_waits.sleep_for_a_while(SpinCondition.wait)
+        SpinCondition.wait = sleeping_waits.nap_instead_of_spinning(SpinCondition.wait)
+        SpinCondition.notify = sleeping_waits.notify_in_any_case(SpinCondition.notify)
         runner.sample_tokens = seeded_prefill.sample_unfinished_prompts_without_seed(
             runner.sample_tokens
         )

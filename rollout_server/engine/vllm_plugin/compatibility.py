@@ -203,7 +203,7 @@ CPU_SYMBOLS: tuple[Symbol, ...] = (
     Symbol(
         "vllm.distributed.device_communicators.shm_broadcast", "SpinCondition.wait", ("timeout_ms",)
     ),
-    Symbol("vllm.distributed.device_communicators.shm_broadcast", "SpinCondition.record_read"),
+    Symbol("vllm.distributed.device_communicators.shm_broadcast", "SpinCondition.notify"),
     Symbol(
         "vllm.utils.cpu_triton_utils",
         "_expand_kernel_impl",

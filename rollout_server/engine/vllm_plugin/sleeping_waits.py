@@ -3,37 +3,50 @@
 The core waits for its workers, and they for it, in ``SpinCondition.wait``: for a second after the
 latest message it looks again and again, and yields the processor in between. Where a GPU computes,
 nobody else wants that processor. Here another engine, a trainer or the server does, and what
-computes is interrupted for every look. Leans on vLLM 0.32.0:
-``vllm.distributed.device_communicators.shm_broadcast.SpinCondition`` (``busy_loop_s``, ``wait``,
-``record_read``).
+computes is interrupted for every look.
+
+Who sleeps has to be woken. vLLM's wake-up is a message on a ZeroMQ socket that holds one at a time,
+and it is dropped while the one before seems to be there still: a socket that sends takes notice of
+what was read only once in a millisecond, unless it is asked for its events. So it is asked before
+each wake-up. Leans on vLLM 0.32.0:
+``vllm.distributed.device_communicators.shm_broadcast.SpinCondition`` (``busy_loop_s``,
+``last_read``, ``local_notify_socket``, ``wait``, ``notify``).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
-LONGEST_SLEEP_MS = 1000
-"""Then it looks by itself: a wake-up that got lost costs no more (vLLM: 5 s)."""
+import zmq
+
+LONGEST_NAP_MS = 10
+"""In the second in which vLLM would spin; then it looks by itself. A wake-up that is lost for all
+that, or sent before the sockets are connected, costs no more."""
 
 
-def sleep_after_first_message(record_read: Callable[[Any], None]) -> Callable[[Any], None]:
-    """``SpinCondition.record_read``. Until the first message it spins as ever: the socket of the
-    wake-ups may still be connecting."""
+def nap_instead_of_spinning(wait: Callable[..., None]) -> Callable[..., None]:
+    """``SpinCondition.wait``; its caller looks, and waits again."""
 
-    def record(condition: Any) -> None:
-        record_read(condition)
+    def wait_asleep(condition: Any, timeout_ms: int | None = None) -> None:
+        spin_s = condition.busy_loop_s
+        if time.monotonic() <= condition.last_read + spin_s:
+            timeout_ms = LONGEST_NAP_MS if timeout_ms is None else min(timeout_ms, LONGEST_NAP_MS)
         condition.busy_loop_s = 0.0
+        try:
+            wait(condition, timeout_ms)
+        finally:
+            condition.busy_loop_s = spin_s
 
-    return record
+    return wait_asleep
 
 
-def sleep_for_a_while(wait: Callable[..., None]) -> Callable[..., None]:
-    """``SpinCondition.wait``, which returns without a message at the latest after
-    ``LONGEST_SLEEP_MS``: its caller looks, and waits again."""
+def notify_in_any_case(notify: Callable[[Any], None]) -> Callable[[Any], None]:
+    """``SpinCondition.notify``, after the socket has taken notice of what was read."""
 
-    def wait_for_a_while(condition: Any, timeout_ms: int | None = None) -> None:
-        longest_ms = LONGEST_SLEEP_MS if timeout_ms is None else min(timeout_ms, LONGEST_SLEEP_MS)
-        wait(condition, longest_ms)
+    def notify_now(condition: Any) -> None:
+        condition.local_notify_socket.getsockopt(zmq.EVENTS)
+        notify(condition)
 
-    return wait_for_a_while
+    return notify_now
