@@ -74,6 +74,10 @@ def scale_table(document: dict[str, Any]) -> str:
     """A row per change of the number of engines."""
     result = document["result"]
     elastic = result["elastic"]
+    plain = ""
+    if "plain_vllm_ratio" in result:  # older measurements have none
+        bounds = spread(result["plain_vllm_ratio_spread"], 2)
+        plain = f"; two of vLLM alone make {result['plain_vllm_ratio']:.2f} ({bounds}) here"
     lines = head("engines", "there after, s")
     lines += [row([str(step["count"]), f"{step['took_s']:.1f}"]) for step in elastic["steps"]]
     return "\n".join(
@@ -84,9 +88,7 @@ def scale_table(document: dict[str, Any]) -> str:
             f"{result['failed_requests']} failed, and the longest took "
             f"{elastic['longest_latency_s']:.1f} s. Two engines of one core each make "
             f"{result['two_engine_ratio']:.2f} ({spread(result['two_engine_ratio_spread'], 2)}) "
-            f"times the tokens of one; two of vLLM alone, without a service, make "
-            f"{result['plain_vllm_ratio']:.2f} "
-            f"({spread(result['plain_vllm_ratio_spread'], 2)}) here. "
+            f"times the tokens of one{plain}. "
             f"With 64 engines without a model and 2,000 requests in flight a group is "
             f"with the router for {result['router_ms_p50']:.2f} ms (median). "
             f"{_judged(result)} Medians of {result['repeats']} repeats (spread). "

@@ -61,8 +61,8 @@ def comparison(calm: Sequence[Curve], hit: Sequence[Curve]) -> dict[str, Any]:
     """Is what kills do to the curves more than what another seed does?
 
     ``useful_time_ratio`` is the time that the same steps take when nothing dies, over the time that
-    they took. What a kill costs (``lost_s_per_kill``) is an engine's start and does not grow with
-    the steps, so that the ratio is one of steps as long as ``step_s``, the median of calm ones.
+    they took. What a kill costs (``lost_s_per_kill``) is an engine for as long as it takes to come
+    back, at most: the ratio is one of steps as long as ``step_s``, the median of calm ones.
     """
     final = {
         "calm": [curve.final_accuracy for curve in calm],

@@ -21,6 +21,9 @@ from typing import Any
 
 import zmq
 
+SPIN_S = 0.002
+"""Before it sleeps: being woken takes a tenth of that, which short steps of small models would pay
+several times each."""
 LONGEST_NAP_MS = 10
 """In the second in which vLLM would spin; then it looks by itself. A wake-up that is lost for all
 that, or sent before the sockets are connected, costs no more."""
@@ -30,8 +33,15 @@ def nap_instead_of_spinning(wait: Callable[..., None]) -> Callable[..., None]:
     """``SpinCondition.wait``; its caller looks, and waits again."""
 
     def wait_asleep(condition: Any, timeout_ms: int | None = None) -> None:
+        now_s = time.monotonic()
+        if getattr(condition, "slipstream_waits_since_read_s", None) != condition.last_read:
+            condition.slipstream_waits_since_read_s = condition.last_read
+            condition.slipstream_sleeps_from_s = now_s + SPIN_S
         spin_s = condition.busy_loop_s
-        if time.monotonic() <= condition.last_read + spin_s:
+        if now_s <= condition.last_read + spin_s:
+            if now_s < condition.slipstream_sleeps_from_s:
+                wait(condition, timeout_ms)  # yields, and returns
+                return
             timeout_ms = LONGEST_NAP_MS if timeout_ms is None else min(timeout_ms, LONGEST_NAP_MS)
         condition.busy_loop_s = 0.0
         try:
