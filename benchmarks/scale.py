@@ -3,8 +3,8 @@
 With real engines of one core each (``medium-160m``), the real server, Ray and HTTP, on two cores:
 two engines against one, alternating, with as many clients per engine on both sides; then 1, 2, 4
 and 1 engines in turn by ``PUT /v1/engines`` while clients go on, every answer looked into. Then two
-engines of vLLM alone against one. With 64 engines in memory: how
-long a group is with the router while 2,000 are in flight.
+engines of vLLM alone against one. With 64 engines in memory: how long a group is with the router
+while 2,000 are in flight.
 """
 
 from __future__ import annotations

@@ -6,26 +6,27 @@ Each engine is vLLM's own ``LLM``, computing on one core, with as many sequences
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from benchmarks.harness.checked_load import NUM_PROMPT_TOKENS
 
-READY = "ready"
 NUM_BATCHES = 4
 """Per side and repeat: some 10 s."""
+ANSWER_TIMEOUT_S = 300.0
+"""For a start, or for the batches."""
+END_TIMEOUT_S = 60.0
 
 
 class PlainEngine:
-    """A child process; ``begin`` and ``seconds`` belong together.
+    """An engine in a child process; ``begin`` and ``seconds`` belong together.
 
     Args:
         num_seqs: of a batch; all of its sequences are equally long.
@@ -33,67 +34,52 @@ class PlainEngine:
 
     def __init__(self, model: Path, core: int, num_seqs: int, num_tokens: int) -> None:
         self.num_tokens = NUM_BATCHES * num_seqs * num_tokens
-        options = [str(model), str(core), str(num_seqs), str(num_tokens)]
-        environment = {
-            "SLIPSTREAM_VLLM_PLUGIN": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": str(core),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "OMP_NUM_THREADS": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_USE_V2_MODEL_RUNNER": "0",
-        }
-        library = Path(sys.prefix) / "lib" / "libiomp5.so"
-        if library.is_file():  # as in engines of ours
-            environment["LD_PRELOAD"] = str(library)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.harness.plain_engines", *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | environment,
-            text=True,
-        )
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        arguments = (theirs, str(model), num_seqs, num_tokens)
+        self._process = context.Process(target=_serve, args=arguments, name=f"plain-{core}")
+        with _environment(_variables(core)):
+            self._process.start()
+        theirs.close()  # so that its end is ours
 
     def await_ready(self) -> None:
-        """Wait until it is warm."""
-        while self._line() != READY:
-            pass  # vLLM prints there, too
+        """Wait until it is warm.
+
+        Raises:
+            RuntimeError: it ended, or took too long.
+        """
+        self._answer("to start")
 
     def begin(self) -> None:
         """Generate the batches."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
+        self._connection.send("go")
 
     def seconds(self) -> float:
-        """Of what ``begin`` began, when it is done."""
-        while True:
-            line = self._line()
-            if line.startswith("{"):
-                return float(json.loads(line)["seconds"])
+        """Of what ``begin`` began, when it is done.
 
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a plain engine ended with code {self._process.wait()}")
-        return line.strip()
+        Raises:
+            RuntimeError: it ended, or took too long.
+        """
+        return float(self._answer("to generate"))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()  # its loop ends with its input
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
+    def close(self) -> None:
+        """It ends with its questions."""
+        self._connection.close()
+        self._process.join(END_TIMEOUT_S)
+        if self._process.is_alive():
             self._process.kill()
-            self._process.wait()
+            self._process.join()
+
+    def _answer(self, purpose: str) -> Any:
+        try:
+            if self._connection.poll(ANSWER_TIMEOUT_S):
+                return self._connection.recv()
+        except EOFError:
+            self._process.join(END_TIMEOUT_S)
+            raise RuntimeError(
+                f"{self._process.name} ended with code {self._process.exitcode}"
+            ) from None
+        raise RuntimeError(f"{self._process.name} took over {ANSWER_TIMEOUT_S:g} s {purpose}")
 
 
 def measure_plain(
@@ -101,11 +87,11 @@ def measure_plain(
 ) -> list[dict[str, float]]:
     """Tokens per second of either engine alone and of both together, in turn."""
     rounds = []
-    with (
-        PlainEngine(model, cores[0], num_seqs, num_tokens) as first,
-        PlainEngine(model, cores[1], num_seqs, num_tokens) as second,
-    ):
-        engines = (first, second)
+    with contextlib.ExitStack() as stack:
+        engines = []
+        for core in cores[:2]:
+            engines.append(PlainEngine(model, core, num_seqs, num_tokens))
+            stack.callback(engines[-1].close)
         for engine in engines:
             engine.await_ready()
         for repeat in range(repeats):
@@ -122,8 +108,35 @@ def _rate(engines: Sequence[PlainEngine]) -> float:
     return sum(e.num_tokens for e in engines) / max(e.seconds() for e in engines)
 
 
-def _serve(model: str, num_seqs: int, num_tokens: int) -> None:
-    """In the child: a line of input, a measurement."""
+def _variables(core: int) -> dict[str, str]:
+    variables = {
+        "SLIPSTREAM_VLLM_PLUGIN": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": str(core),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if library.is_file():  # as in engines of ours
+        variables["LD_PRELOAD"] = str(library)
+    return variables
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Of processes that start meanwhile."""
+    saved = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
+
+
+def _serve(connection: Connection, model: str, num_seqs: int, num_tokens: int) -> None:
+    """In the child: a question, a measurement."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -133,6 +146,7 @@ def _serve(model: str, num_seqs: int, num_tokens: int) -> None:
         max_model_len=1024,
         max_num_seqs=num_seqs,
         enable_prefix_caching=False,
+        enforce_eager=True,  # as engines of ours
     )
     # As the service asks: sampled, seeded, each token with its logprob.
     sampling = [
@@ -150,24 +164,11 @@ def _serve(model: str, num_seqs: int, num_tokens: int) -> None:
         {"prompt_token_ids": [5 + index] * NUM_PROMPT_TOKENS} for index in range(num_seqs)
     ]
     llm.generate(prompts, sampling, use_tqdm=False)
-    print(READY, flush=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        for _ in range(NUM_BATCHES):
-            llm.generate(prompts, sampling, use_tqdm=False)
-        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("core")
-    parser.add_argument("num_seqs", type=int)
-    parser.add_argument("num_tokens", type=int)
-    options = parser.parse_args()
-    _serve(options.model, options.num_seqs, options.num_tokens)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    connection.send("ready")
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        while True:
+            connection.recv()
+            started = time.perf_counter()
+            for _ in range(NUM_BATCHES):
+                llm.generate(prompts, sampling, use_tqdm=False)
+            connection.send(time.perf_counter() - started)

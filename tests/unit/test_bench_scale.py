@@ -28,7 +28,13 @@ from benchmarks.harness.scale_steps import (
     run_elastic,
     timeline,
 )
-from benchmarks.scale import BARS, ThroughputPlan, throughput, throughput_figures
+from benchmarks.scale import (
+    BARS,
+    ThroughputPlan,
+    plain_figures,
+    throughput,
+    throughput_figures,
+)
 
 SHAPE = GroupShape(n=2, num_tokens=5)
 PACED = EngineTimes(step_s=0.002, max_num_seqs=4)
@@ -46,6 +52,14 @@ def answer(**changes: Any) -> dict[str, Any]:
 
 def outcome(ended_s: float, engine_id: str = "a", fault: str | None = None) -> Outcome:
     return Outcome(ended_s=ended_s, latency_s=0.5, engine_ids=(engine_id,), fault=fault)
+
+
+def test_plain_engines_are_compared_within_a_repeat() -> None:
+    rounds = [{"alone": 10.0, "both": 10.0 * ratio, "ratio": ratio} for ratio in (1.7, 1.9, 1.8)]
+    assert plain_figures(rounds) == {
+        "plain_vllm_ratio": 1.8,
+        "plain_vllm_ratio_spread": [1.7, 1.9],
+    }
 
 
 def test_only_one_group_with_all_samples_in_full_is_no_failure() -> None:

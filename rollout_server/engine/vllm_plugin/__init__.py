@@ -9,10 +9,10 @@ What it changes in vLLM 0.32.0, all of it here:
 - steps with drafts verify them our way (``speculative_steps.py``);
 - min-p and logit bias work under speculation (``sampling_parameters.py``);
 - logprobs come without the texts of single tokens, which nobody reads (``bare_logprobs.py``);
-- on CPU, one kernel is repaired (``kernel_repair.py``), and so are seeded requests whose prompt is
-  prefilled in pieces (``seeded_prefill.py``), token embeddings are packed only where something
-  multiplies with them (``embeddings.py``), and processes that wait for each other sleep
-  (``sleeping_waits.py``);
+- on CPU, AMX is asked for (``amx_permission.py``), one kernel is repaired (``kernel_repair.py``),
+  and so are seeded requests whose prompt is prefilled in pieces (``seeded_prefill.py``), token
+  embeddings are packed only where something multiplies with them (``embeddings.py``), and processes
+  that wait for each other sleep (``sleeping_waits.py``);
 - vLLM's processes end when they have shut down (``quick_exit.py``);
 - on CUDA, the target has full graphs for every draft length and the drafter for whole loops
   (``full_graphs.py``).
@@ -59,8 +59,10 @@ def register() -> None:
         check_compatibility(vllm.__version__, REQUIRED_SYMBOLS + CUDA_SYMBOLS)
     else:
         check_compatibility(vllm.__version__, REQUIRED_SYMBOLS + CPU_SYMBOLS)
+        from rollout_server.engine.vllm_plugin.amx_permission import ask_for_amx
         from rollout_server.engine.vllm_plugin.kernel_repair import apply_kernel_repair
 
+        ask_for_amx()
         apply_kernel_repair()
 
     from vllm.sampling_params import SamplingParams
