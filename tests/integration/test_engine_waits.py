@@ -71,6 +71,26 @@ def test_who_waits_for_a_message_takes_next_to_no_processor_time(
     assert processor_s < 0.1, "half a second was waited, and vLLM spins for a whole one"
 
 
+def test_every_wait_begins_awake_for_messages_that_come_soon(
+    ends: tuple[shm_broadcast.MessageQueue, Reader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = ends
+    num_looks = 0
+
+    def yield_processor() -> None:
+        nonlocal num_looks
+        num_looks += 1
+
+    monkeypatch.setattr(shm_broadcast, "sched_yield", yield_processor)
+    for number in range(3):
+        before = num_looks
+        message = reader.read()
+        time.sleep(0.05)
+        writer.enqueue(number)
+        message.result(timeout=FOUND_S)
+        assert num_looks > before
+
+
 def test_a_message_whose_wake_up_was_lost_is_found_all_the_same(
     ends: tuple[shm_broadcast.MessageQueue, Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """On a CPU with AMX, vLLM's processes ask the kernel for the right to use its tiles.
 
 Linux kills whoever uses them without (``Documentation/arch/x86/xstate.rst``). For bfloat16 vLLM's
-attention uses AMX where the processor has it, and leaves the asking to oneDNN. oneDNN only asks when
+attention uses AMX where the processor has it, and leaves the asking to oneDNN. That only asks when
 it picks AMX itself, which it does not for the layers of a small model: the engine died in its first
 step. Leans on vLLM 0.32.0 (``vllm.v1.attention.backends.cpu_attn._get_attn_isa``) and torch 2.13.0
 (``torch.cpu._init_amx``, which asks, and says whether it was granted).
